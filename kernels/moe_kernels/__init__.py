@@ -1,0 +1,1 @@
+"""Expert kernels for Mixture-of-Experts layers, each beside a torch reference."""

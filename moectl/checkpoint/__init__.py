@@ -1,0 +1,1 @@
+"""What is on disk: open a checkpoint, plan a new one, write it, verify it. Knows bytes, no models."""

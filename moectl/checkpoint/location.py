@@ -1,0 +1,97 @@
+"""From what a user typed (a directory, a Hub id, `hf://org/name@rev`) to a directory and a commit.
+
+A directory wins if it exists; `./x`, `../x` and `/x` are always directories and never looked up on the Hub.
+A revision is resolved to a commit once, so a branch that moves cannot mix two models.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from moectl.checkpoint.header import escape
+from moectl.errors import InputError, MachineError, MoectlError, UsageError
+
+WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A directory to read, the name to show for it, and the Hub commit it holds (None for a plain directory)."""
+
+    path: Path
+    name: str
+    commit: str | None
+
+
+def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Location:
+    """Find `model`, fetching it into the Hugging Face cache if it is a Hub id.
+
+    Raises:
+        InputError: no such directory, repository or revision, or it is gated.
+        MachineError: the Hub cannot be reached, or offline mode is on and the cache lacks the model.
+        UsageError: a revision given twice, or for a directory.
+    """
+    text = os.fspath(model)
+    if text.startswith("hf://"):
+        repo_id, _, inline = text.removeprefix("hf://").partition("@")
+        if inline and revision:
+            raise UsageError(
+                f"{escape(text)} names a revision and --revision {escape(revision)} names another.",
+                "It is not clear which one is meant.",
+                "Give one of the two.",
+            )
+        return _from_hub(repo_id, inline or revision)
+    path = Path(text).expanduser()
+    if path.exists():
+        if revision:
+            raise UsageError(
+                f"--revision {escape(revision)} was given, but {escape(text)} is on disk.",
+                "A directory has no revisions.",
+                "Leave --revision out, or write hf://org/name@revision to mean the Hub.",
+            )
+        return Location(path, path.resolve().name, None)
+    if text.startswith((".", "/", "~", "\\")) or not _HUB_ID.fullmatch(text):
+        raise InputError(
+            f"{escape(text)} does not exist.",
+            "It was taken for a directory, since it is not of the form org/name.",
+            "Check the path; Hub models are written org/name or hf://org/name@revision.",
+        )
+    return _from_hub(text, revision)
+
+
+def _from_hub(repo_id: str, revision: str | None) -> Location:
+    if not _HUB_ID.fullmatch(repo_id):
+        raise InputError(f"{escape(repo_id)} is not a Hub id.", "", "Write hf://org/name or hf://org/name@revision.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        snapshot = Path(snapshot_download(repo_id, revision=revision, allow_patterns=WANTED))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise _hub_error(repo_id, revision, error) from error
+    # The cache names a snapshot after the commit it holds: cache/models--org--name/snapshots/<commit>.
+    return Location(snapshot, repo_id, snapshot.name)
+
+
+def _hub_error(repo_id: str, revision: str | None, error: Exception) -> MoectlError:
+    from huggingface_hub import errors
+
+    shown = f"hf://{repo_id}" + (f"@{escape(revision)}" if revision else "")
+    sentence = escape(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+    if isinstance(error, errors.GatedRepoError):
+        return InputError(f"{shown} is gated.", sentence, "Accept its terms on its Hub page and set HF_TOKEN.")
+    if isinstance(error, errors.RepositoryNotFoundError | errors.RevisionNotFoundError | errors.HFValidationError):
+        return InputError(
+            f"{shown} was not found, neither as a directory nor on the Hub.",
+            sentence,
+            "Check the spelling; for a private model set HF_TOKEN.",
+        )
+    return MachineError(
+        f"{shown} could not be fetched.",
+        sentence,
+        "Check the network and HF_HUB_OFFLINE, or fetch it where there is one with `hf download`.",
+    )

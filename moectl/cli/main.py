@@ -1,0 +1,120 @@
+"""The `moectl` program: the commands, and how every kind of failure ends.
+
+Exit codes: 0 done, 1 a bug in moectl, 2 usage (also: the output exists), 3 the input cannot be used,
+4 the machine or network cannot do it, 5 a check failed, 130/143 interrupted, 141 the reader of a pipe left.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+import typer
+
+from moectl.cli import inspect, quickstart, upcycle, verify
+from moectl.errors import MachineError, MoectlError
+
+app = typer.Typer(
+    name="moectl",
+    help="Make Mixture-of-Experts checkpoints, check them, and look inside.",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(upcycle.app, name="upcycle")
+app.command("verify")(verify.verify)
+app.command("inspect")(inspect.inspect)
+app.command("quickstart")(quickstart.quickstart)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    """Make Mixture-of-Experts checkpoints, check them, and look inside."""
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"moectl {installed('moectl')}")
+        raise typer.Exit
+
+
+def main() -> NoReturn:
+    """Run the program and end it with the exit code of the contract."""
+    _open_closed_streams()
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        app()
+    except MoectlError as error:
+        _complain(error.lines())
+        code = error.exit_code
+    except BrokenPipeError:
+        code = 141
+    except KeyboardInterrupt:
+        code = 130
+    except MemoryError:
+        _complain(["The machine is out of memory.", "", "Use a machine with more, or close other programs."])
+        code = MachineError.exit_code
+    except OSError as error:
+        _complain([f"{error.filename or 'A file'}: {error.strerror or error}", "The machine could not do it."])
+        code = MachineError.exit_code
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if isinstance(stop.__context__, BrokenPipeError):  # Typer ends a broken pipe with 1
+            code = 141
+    except BaseException:
+        _report_bug()
+        code = 1
+    if code in (130, 143):
+        _complain(["Interrupted. The same command resumes where this one stopped."])
+    _leave(code)
+
+
+def _open_closed_streams() -> None:
+    """Give a closed stdin, stdout or stderr to /dev/null, lest the first file opened become one of them."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: PTH123
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: PTH123
+
+
+def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(143)
+
+
+def _complain(lines: list[str]) -> None:
+    print("\n".join(["error: " + lines[0], *("  " + line for line in lines[1:] if line)]), file=sys.stderr)  # noqa: T201
+
+
+def _report_bug() -> None:
+    import traceback
+
+    traceback.print_exc()
+    _complain(
+        [
+            "This is a bug in moectl, not in what you gave it.",
+            "Please report it with the lines above and the command:",
+            "https://github.com/moectl/moectl/issues",
+        ]
+    )
+
+
+def _leave(code: int) -> NoReturn:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = 141
+    except OSError:
+        code = code or MachineError.exit_code
+    if code == 141:
+        # The interpreter would flush stdout once more at exit and complain on stderr.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    raise SystemExit(code)

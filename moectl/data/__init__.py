@@ -1,0 +1,1 @@
+"""The one way any command reads `--data`, and the built-in text."""

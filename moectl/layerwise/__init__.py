@@ -1,0 +1,1 @@
+"""Run a checkpoint one decoder layer at a time from disk."""

@@ -1,0 +1,1 @@
+"""One way to show things: the result on stdout, everything else on stderr."""

@@ -1,0 +1,1 @@
+"""Train a model: a short loop on torch's own parts."""

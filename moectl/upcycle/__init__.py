@@ -1,0 +1,1 @@
+"""Dense checkpoints become a plan for a MoE."""
