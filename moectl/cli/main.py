@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
@@ -59,7 +60,8 @@ def main() -> NoReturn:
         _complain(["The machine is out of memory.", "", "Use a machine with more, or close other programs."])
         code = MachineError.exit_code
     except OSError as error:
-        _complain([f"{error.filename or 'A file'}: {error.strerror or error}", "The machine could not do it."])
+        what = error.strerror or str(error)
+        _complain([f"{error.filename}: {what}" if error.filename else what, "The machine could not do it."])
         code = MachineError.exit_code
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -81,9 +83,9 @@ def _open_closed_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     if sys.stdout is None:
-        sys.stdout = open(1, "w", closefd=False)  # noqa: PTH123
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     if sys.stderr is None:
-        sys.stderr = open(2, "w", closefd=False)  # noqa: PTH123
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:
@@ -91,13 +93,21 @@ def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _complain(lines: list[str]) -> None:
-    print("\n".join(["error: " + lines[0], *("  " + line for line in lines[1:] if line)]), file=sys.stderr)  # noqa: T201
+    """Write an error to stderr, each part on one line; a stderr that is gone is left to `_leave`."""
+    from moectl.checkpoint.header import escape
+
+    first, *rest = [escape(line) for line in lines if line]
+    with suppress(OSError):
+        print("\n  ".join(["error: " + first, *rest]), file=sys.stderr)  # noqa: T201
 
 
 def _report_bug() -> None:
     import traceback
 
-    traceback.print_exc()
+    from moectl.report.output import escape_lines
+
+    with suppress(OSError):
+        sys.stderr.write(escape_lines(traceback.format_exc()))
     _complain(
         [
             "This is a bug in moectl, not in what you gave it.",
@@ -108,13 +118,15 @@ def _report_bug() -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        code = 141
-    except OSError:
-        code = code or MachineError.exit_code
-    if code == 141:
-        # The interpreter would flush stdout once more at exit and complain on stderr.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    """Flush and end. What cannot be flushed is let go, or the interpreter would retry and exit with 120."""
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            code = 141
+        except OSError:
+            code = code or MachineError.exit_code
+        else:
+            continue
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
     raise SystemExit(code)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from moectl.checkpoint.header import escape
+from moectl.errors import UsageError
 
 Cell = str | int | float | None
 
@@ -74,6 +76,19 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
         nbytes /= 1000
     raise AssertionError
+
+
+def parse_size(text: str) -> int:
+    """Bytes from `123`, `500MB`, `5GB`, `4GiB`.
+
+    Raises:
+        UsageError: it is not a size.
+    """
+    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if not match or match[2].lower() not in units:
+        raise UsageError(f"{escape(text)!r} is not a size.", "", "Write bytes, or a number with kB, MB, GB, TB or GiB.")
+    return int(float(match[1]) * units[match[2].lower()])
 
 
 def count(number: float) -> str:

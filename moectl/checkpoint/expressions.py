@@ -1,0 +1,239 @@
+"""What one output tensor is made of: a small tree over source tensors, plain data from end to end.
+
+    expression := Copy | Index | Slice | Concat | Mean | Scale | AddLowRank | Noise | Init | Literal
+
+An expression knows its shape before any weight is read, serialises to JSON, and is either a list of byte
+ranges of source files (`extents`: moved by the kernel, never through Python) or computed (`evaluate.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moectl.checkpoint.dtypes import ITEM_BYTES
+from moectl.checkpoint.source import Checkpoint
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A source tensor as it is; `source` is its checkpoint's place in the plan."""
+
+    tensor: str
+    source: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """Entries of `x` along `dim`: an int drops the dimension (x[i]), a tuple gathers (x[[i, j, ...]])."""
+
+    x: Expression
+    dim: int
+    index: int | tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """`x[start:stop]` along `dim`."""
+
+    x: Expression
+    dim: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Concat:
+    """Parts joined along `dim`."""
+
+    parts: tuple[Expression, ...]
+    dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """The mean of equally shaped parts, or the weighted mean sum(w * x) / sum(w); computed in float64."""
+
+    parts: tuple[Expression, ...]
+    weights: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """`factor * x`."""
+
+    x: Expression
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class AddLowRank:
+    """`x + scale * b @ a` with x [out, in], b [out, r], a [r, in] (LoRA, arXiv 2106.09685)."""
+
+    x: Expression
+    b: Expression
+    a: Expression
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """`x + std * N(0, 1)`, the draws fixed by (plan seed, key)."""
+
+    x: Expression
+    std: float
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Init:
+    """`std * N(0, 1)` of a given shape, the draws fixed by (plan seed, key)."""
+
+    shape: Shape
+    std: float
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Literal:
+    """A tensor filled with one value."""
+
+    shape: Shape
+    value: float
+
+
+Expression = Copy | Index | Slice | Concat | Mean | Scale | AddLowRank | Noise | Init | Literal
+_NODES = {node.__name__: node for node in (Copy, Index, Slice, Concat, Mean, Scale, AddLowRank, Noise, Init, Literal)}
+
+
+def children(x: Expression) -> tuple[Expression, ...]:
+    """The direct sub-expressions."""
+    match x:
+        case Index() | Slice() | Scale() | Noise():
+            return (x.x,)
+        case Concat() | Mean():
+            return x.parts
+        case AddLowRank():
+            return (x.x, x.b, x.a)
+        case _:
+            return ()
+
+
+def leaves(x: Expression) -> Iterator[Copy]:
+    """Every source tensor the expression reads."""
+    if isinstance(x, Copy):
+        yield x
+    for child in children(x):
+        yield from leaves(child)
+
+
+def shape_of(x: Expression, sources: Sequence[Checkpoint]) -> Shape:
+    """The shape of the result. Plans are built by moectl, so a shape that does not fit is a bug, not bad input."""
+    match x:
+        case Copy():
+            return sources[x.source].tensors[x.tensor].shape
+        case Init() | Literal():
+            return x.shape
+        case Scale() | Noise():
+            return shape_of(x.x, sources)
+        case AddLowRank():
+            shape, b, a = (shape_of(part, sources) for part in (x.x, x.b, x.a))
+            assert shape == (b[0], a[1]) and b[1] == a[0], f"low-rank shapes {b} @ {a} do not fit {shape}"
+            return shape
+        case Mean():
+            shapes = {shape_of(part, sources) for part in x.parts}
+            assert len(shapes) == 1, f"mean of different shapes {shapes}"
+            assert x.weights is None or len(x.weights) == len(x.parts)
+            return shapes.pop()
+        case Slice():
+            shape = shape_of(x.x, sources)
+            assert 0 <= x.start <= x.stop <= shape[x.dim], f"slice {x.start}:{x.stop} of {shape}"
+            return _replaced(shape, x.dim, x.stop - x.start)
+        case Index():
+            shape = shape_of(x.x, sources)
+            wanted = (x.index,) if isinstance(x.index, int) else x.index
+            assert all(0 <= i < shape[x.dim] for i in wanted), f"index {wanted} of {shape}"
+            if isinstance(x.index, int):
+                return shape[: x.dim] + shape[x.dim + 1 :]
+            return _replaced(shape, x.dim, len(x.index))
+        case Concat():
+            shapes = [shape_of(part, sources) for part in x.parts]
+            assert len({_replaced(shape, x.dim, 0) for shape in shapes}) == 1, f"concat of {shapes}"
+            return _replaced(shapes[0], x.dim, sum(shape[x.dim] for shape in shapes))
+
+
+def _replaced(shape: Shape, dim: int, size: int) -> Shape:
+    return shape[:dim] + (size,) + shape[dim + 1 :]
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A byte range of a file."""
+
+    file: Path
+    offset: int
+    nbytes: int
+
+
+def extents(x: Expression, sources: Sequence[Checkpoint], dtype: str) -> tuple[Extent, ...] | None:
+    """The source bytes that are the result as `dtype`, in order; None when it has to be computed."""
+    match x:
+        case Copy():
+            ref = sources[x.source].tensors[x.tensor]
+            return (Extent(ref.file, ref.offset, ref.nbytes),) if ref.dtype == dtype else None
+        case Slice(dim=0) | Index(dim=0, index=int()):
+            inner = extents(x.x, sources, dtype)
+            if inner is None:
+                return None
+            start, stop = (x.start, x.stop) if isinstance(x, Slice) else (x.index, x.index + 1)  # type: ignore[operator]
+            row = math.prod(shape_of(x.x, sources)[1:]) * ITEM_BYTES[dtype]
+            return cut(inner, start * row, stop * row)  # type: ignore[operator]
+        case Concat(dim=0):
+            parts = [extents(part, sources, dtype) for part in x.parts]
+            if any(part is None for part in parts):
+                return None
+            return tuple(extent for part in parts for extent in part or ())
+        case _:
+            return None
+
+
+def cut(whole: Sequence[Extent], start: int, stop: int) -> tuple[Extent, ...]:
+    """Bytes `start` to `stop` of a sequence of extents."""
+    result, position = [], 0
+    for extent in whole:
+        first, last = max(start - position, 0), min(stop - position, extent.nbytes)
+        if first < last:
+            result.append(Extent(extent.file, extent.offset + first, last - first))
+        position += extent.nbytes
+    return tuple(result)
+
+
+def to_json(x: Expression) -> dict[str, Any]:
+    """The expression as plain JSON: {"op": name, field: value, ...}."""
+    fields = {field.name: _encode(getattr(x, field.name)) for field in dataclasses.fields(x)}
+    return {"op": type(x).__name__, **fields}
+
+
+def _encode(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_json(value)  # type: ignore[arg-type]
+    return [_encode(item) for item in value] if isinstance(value, tuple) else value
+
+
+def from_json(data: dict[str, Any]) -> Expression:
+    """The inverse of `to_json`."""
+    fields = {name: _decode(value) for name, value in data.items() if name != "op"}
+    result: Expression = _NODES[data["op"]](**fields)
+    return result
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, dict):
+        return from_json(value)
+    return tuple(_decode(item) for item in value) if isinstance(value, list) else value

@@ -1,0 +1,79 @@
+"""The one seam through which files are made: tests replace it to fail, to be killed, or to lose unsynced data."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from moectl.checkpoint.source import changed
+
+COPY_BYTES = 1 << 26
+_NO_COPY_FILE_RANGE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
+
+
+class FileSystem:
+    """The real effects. Modes follow the umask."""
+
+    def make_directory(self, path: Path) -> None:
+        """Make one directory; fine if it is there."""
+        path.mkdir(exist_ok=True)
+
+    def create(self, path: Path) -> int:
+        """A descriptor of a new, empty file to write."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+    def write(self, descriptor: int, data: bytes) -> None:
+        """Append all of `data`."""
+        view = memoryview(data)
+        while view:
+            view = view[os.write(descriptor, view) :]
+
+    def copy(self, source: int, name: Path, offset: int, nbytes: int, target: int) -> None:
+        """Append `nbytes` of `source` (opened from `name`) from `offset`, inside the kernel where it can.
+
+        Raises:
+            InputError: the source is shorter than that.
+        """
+        while nbytes:
+            try:
+                done = os.copy_file_range(source, target, min(nbytes, COPY_BYTES), offset)
+            except OSError as error:
+                if error.errno not in _NO_COPY_FILE_RANGE:
+                    raise
+                data = os.pread(source, min(nbytes, 1 << 20), offset)
+                self.write(target, data)
+                done = len(data)
+            if not done:
+                raise changed(name, f"ended {nbytes} bytes early while it was read")
+            offset += done
+            nbytes -= done
+
+    def sync(self, descriptor: int) -> None:
+        """Force a file's data to the disk."""
+        os.fsync(descriptor)
+
+    def close(self, descriptor: int) -> None:
+        """Close a descriptor."""
+        os.close(descriptor)
+
+    def sync_directory(self, path: Path) -> None:
+        """Force a directory's entries to the disk."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Move a file (replacing one) or a directory (not replacing a full one), atomically."""
+        source.rename(target)
+
+    def remove(self, path: Path) -> None:
+        """Remove a file if it is there."""
+        path.unlink(missing_ok=True)
+
+    def remove_tree(self, path: Path) -> None:
+        """Remove a directory and what is in it, if it is there."""
+        shutil.rmtree(path, ignore_errors=False) if path.exists() else None

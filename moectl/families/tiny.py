@@ -1,0 +1,42 @@
+"""Tiny random models of a family, for tests and demonstrations. The one file here that needs torch and transformers.
+
+Everything is random, norms and biases too, so that a tensor that is lost or misplaced changes the logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.15,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
+    """A random `AutoModelForCausalLM` of `model_type` in float32, `overrides` on top of small sizes.
+
+    Raises:
+        KeyError: transformers does not know the model_type.
+    """
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    config = CONFIG_MAPPING[model_type](**{**SIZES, **overrides})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                centre = 1.0 if "norm" in name else 0.0
+                parameter.copy_(centre + config.initializer_range * torch.randn_like(parameter))
+    return model.eval()

@@ -1,0 +1,105 @@
+"""A model without weights: its configuration, its modules on the meta device, its decoder layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from moectl.checkpoint.header import escape
+from moectl.checkpoint.source import Checkpoint
+from moectl.errors import InputError
+from moectl.layerwise.quiet import quiet
+
+
+def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """The transformers configuration of a checkpoint, with the defaults of its family filled in.
+
+    Raises:
+        InputError: transformers does not know the architecture or refuses its values.
+    """
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever its parser raises, it is about the file it was given
+        raise unusable(checkpoint, "has a config.json that transformers cannot use", error) from error
+
+
+def build(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
+    """The checkpoint's causal language model, parameters on the meta device, unsaved buffers computed on `device`.
+
+    Attention and experts run as they do under `from_pretrained` with its defaults.
+
+    Raises:
+        InputError: it is quantised, an encoder-decoder, or no causal language model of transformers.
+    """
+    config = read_config(checkpoint)
+    if getattr(config, "quantization_config", None):
+        raise _unsupported(checkpoint, "is quantised", "Give the checkpoint it was made from.")
+    if config.is_encoder_decoder:
+        raise _unsupported(checkpoint, "is an encoder-decoder model", "Give a decoder-only language model.")
+    try:
+        with quiet(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except Exception as error:  # the sizes of a config.json can break a constructor in any way
+        raise unusable(checkpoint, "describes no causal language model that transformers can build", error) from error
+    _compute_buffers(model, device)
+    return model.eval()
+
+
+def decoder_layers(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The name and the module list of the decoder layers: as many as the config says, and most of the parameters.
+
+    Raises:
+        InputError: the decoder has no such list.
+    """
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    decoder = model.get_decoder()
+    inside = set(decoder.modules())
+    candidates = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count and module in inside
+    ]
+    if not candidates:
+        raise _unsupported(
+            checkpoint,
+            f"has no list of {count} decoder layers in its {type(decoder).__name__}",
+            "Load the whole model instead (`layerwise=False`).",
+        )
+    return max(candidates, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
+
+
+def unusable(checkpoint: Checkpoint, what: str, error: Exception) -> InputError:
+    """The error for a checkpoint that transformers rejects, with the first line of its reason."""
+    reason = escape((str(error).strip() or type(error).__name__).splitlines()[0])[:300]
+    return InputError(
+        f"{escape(checkpoint.name)} {what}: {reason}",
+        "Code that comes with a checkpoint is never run, so transformers has to know the model.",
+        "Check config.json, or install a transformers release that has this architecture.",
+    )
+
+
+def _compute_buffers(model: PreTrainedModel, device: torch.device | str) -> None:
+    """Give unsaved buffers (rotary frequencies, embedding scales) the values `from_pretrained` gives them.
+
+    They come from the model's own initialisation, always computed on the CPU; parameters stay on meta throughout.
+    """
+    with quiet():
+        buffers = list(model.named_non_persistent_buffers())
+        for name, buffer in buffers:
+            _set_buffer(model, name, torch.empty_like(buffer, device="cpu"))
+        model.initialize_weights()
+        for name, _ in buffers:
+            _set_buffer(model, name, model.get_buffer(name).to(device))
+
+
+def _set_buffer(model: PreTrainedModel, name: str, value: torch.Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, value)
+
+
+def _unsupported(checkpoint: Checkpoint, what: str, fix: str) -> InputError:
+    return InputError(
+        f"{escape(checkpoint.name)} {what}.", "It cannot be run one decoder layer at a time.", fix
+    )

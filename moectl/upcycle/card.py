@@ -1,0 +1,92 @@
+"""The model card (README.md) of a checkpoint moectl made: what it is, of what, how, and how equal."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from moectl.checkpoint.header import escape
+from moectl.checkpoint.source import Checkpoint
+from moectl.families.spec import MoeFamily
+
+EQUIVALENCE_START = "<!-- moectl verify: start -->"
+EQUIVALENCE_END = "<!-- moectl verify: end -->"
+_LICENCE_LINES = re.compile(r"^(license|license_name|license_link|language):[ \t]*\S.*$", re.MULTILINE)
+
+
+def model_card(source: Checkpoint, moe: MoeFamily, recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """The text of README.md, with front matter for the Hub and a place for `moectl verify --write-card`."""
+    name = escape(source.name)
+    front = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [moe, upcycling, moectl]"]
+    front += _inherited(source)
+    if source.commit:
+        front += ["base_model:", f"- {name}"]
+    origin = f"[{name}](https://huggingface.co/{name}) at commit `{source.commit}`" if source.commit else f"`{name}`"
+    experts, top_k = recipe["experts"], recipe["top_k"]
+    same = (
+        "It computes the same function as its source until it is trained further."
+        if facts["exact"]
+        else "Its experts differ from the dense FFN by noise or rounding, so it is close to its source, not equal."
+    )
+    lines = [
+        "---",
+        *front,
+        "---",
+        "",
+        f"# {moe.architecture} upcycled from {name}",
+        "",
+        f"A Mixture-of-Experts of {experts} experts per layer, {top_k} active per token, made from {origin} by sparse",
+        f"upcycling ([arXiv 2212.05055](https://arxiv.org/abs/2212.05055)): every expert is a copy of the dense FFN. {same}",
+        "",
+        "| | source | this model |",
+        "|---|---|---|",
+        f"| parameters | {facts['source_parameters']:,} | {facts['parameters']:,} |",
+        f"| active per token | {facts['source_parameters']:,} | {facts['active_parameters']:,} |",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        "model = AutoModelForCausalLM.from_pretrained(path)",
+        "```",
+        "",
+        "Training it on needs `output_router_logits=True` for the load-balancing loss"
+        f" (`router_aux_loss_coef` is {recipe['aux_loss_coef']}).",
+        "",
+        "## Equivalence",
+        "",
+        EQUIVALENCE_START,
+        "Not measured yet: `moectl verify MODEL --against SOURCE --write-card` puts the numbers here.",
+        EQUIVALENCE_END,
+        "",
+        "## Recipe",
+        "",
+        "Hashes of every tensor, of the source and of the plan are in `moectl.json`; `moectl verify MODEL` checks them.",
+        "",
+        "```json",
+        json.dumps(dict(recipe), indent=2),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def with_equivalence(card: str, measured: str) -> str:
+    """The card with its equivalence section replaced, or appended where the markers are gone."""
+    section = f"{EQUIVALENCE_START}\n{measured.strip()}\n{EQUIVALENCE_END}"
+    start, end = card.find(EQUIVALENCE_START), card.find(EQUIVALENCE_END)
+    if 0 <= start < end:
+        return card[:start] + section + card[end + len(EQUIVALENCE_END) :]
+    return f"{card.rstrip()}\n\n## Equivalence\n\n{section}\n"
+
+
+def _inherited(source: Checkpoint) -> list[str]:
+    """Licence and language lines of the source's own card."""
+    path = source.path / "README.md"
+    try:
+        text = path.read_text(encoding="utf-8")[:100_000]
+    except (OSError, UnicodeDecodeError):
+        return []
+    if not text.startswith("---\n") or "\n---" not in text[4:]:
+        return []
+    return [match.group(0) for match in _LICENCE_LINES.finditer(text[4 : text.index("\n---", 4) + 1])]
