@@ -31,31 +31,52 @@ from moectl.checkpoint.expressions import (
     leaves,
     shape_of,
 )
+from moectl.checkpoint.plan import OutputTensor
 from moectl.checkpoint.randomness import normal
 from moectl.checkpoint.source import Checkpoint, changed
+from moectl.errors import InputError
 
 CHUNK_ELEMENTS = 1 << 20
 Rows = tuple[int, int]
 
 
-def evaluate(x: Expression, sources: Sequence[Checkpoint], seed: int, dtype: str) -> Iterator[bytes]:
-    """The bytes of the result as `dtype`, in chunks of about a million elements."""
-    shape = shape_of(x, sources)
-    rows = shape[0] if shape else 1
-    step = max(1, CHUNK_ELEMENTS // max(1, math.prod(shape[1:])))
+def evaluate(tensor: OutputTensor, sources: Sequence[Checkpoint], seed: int) -> Iterator[bytes]:
+    """The bytes of a tensor, in chunks of about a million elements.
+
+    Raises:
+        InputError: a value is NaN or infinite, in the source or in the type asked for.
+    """
+    rows = tensor.shape[0] if tensor.shape else 1
+    step = max(1, CHUNK_ELEMENTS // max(1, math.prod(tensor.shape[1:])))
     for start in range(0, rows, step):
-        yield cast(_Evaluator(sources, seed).rows(x, (start, min(start + step, rows))), dtype).tobytes()
+        values = _Evaluator(sources, seed).rows(tensor.expression, (start, min(start + step, rows)))
+        result = cast(values, tensor.dtype)
+        if not np.isfinite(result).all():
+            largest = float(np.abs(values[np.isfinite(values)]).max(initial=0.0))
+            raise InputError(
+                f"Tensor {tensor.name!r} would hold NaN or infinite values as {tensor.dtype}.",
+                f"Its finite values reach {largest:.3g}; {describe(tensor.expression)}.",
+                "Look at the source with `moectl inspect SOURCE --weights`, or choose a wider --dtype.",
+            )
+        yield result.tobytes()
+
+
+def describe(x: Expression) -> str:
+    """Which source tensors an expression reads, for messages."""
+    names = sorted({leaf.tensor for leaf in leaves(x)})
+    return f"it is computed from {', '.join(names)}" if names else "it is drawn at random"
 
 
 def cast(values: np.ndarray, dtype: str) -> np.ndarray:
     """float64 values rounded once, to nearest even, to a safetensors type."""
     if dtype != "BF16":
-        return values.astype(numpy_dtype(dtype))
+        with np.errstate(over="ignore"):
+            return values.astype(numpy_dtype(dtype))
     # float64 -> bfloat16 goes through float32 in ml_dtypes, which rounds twice; rounding the first step to odd
     # makes the second one exact (Boldo & Melquiond, IEEE TC 2008).
-    single = values.astype(np.float32)
-    finite = np.isfinite(single) & np.isfinite(values)
-    error = np.where(finite, values - single.astype(np.float64), 0.0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        single = values.astype(np.float32)
+        error = np.where(np.isfinite(single), values - single.astype(np.float64), 0.0)
     bits = single.view(np.uint32).copy()
     away = (error != 0) & ((error > 0) != (values > 0))  # rounded away from zero: step back before setting the bit
     bits = np.where(away, bits - 1, bits)

@@ -45,20 +45,22 @@ class Journal:
         """Where finished files wait."""
         return self.root / "checkpoint"
 
-    def begin(self) -> None:
-        """Start a partial output, or take up one of the same plan.
+    def begin(self, *, discard_others: bool = False) -> None:
+        """Start a partial output, or take up one of the same plan; `discard_others` removes any other one.
 
         Raises:
             UsageError: the partial output belongs to another plan.
             InputError: the sources changed since it was begun.
         """
-        if not self.root.exists():
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-        for directory in (self.root, self.root / "journal", self.root / "work", self.checkpoint):
-            self.fs.make_directory(directory)
-        begun = self._read("plan")
         state = {"fingerprint": self.plan.fingerprint, "sources": [dict(s.stats) for s in self.plan.sources]}
         state = json.loads(json.dumps(state))
+        begun = self._read("plan")
+        if discard_others and begun != state:
+            self.fs.remove_tree(self.root)
+            begun = None
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        for directory in (self.root, self.root / "journal", self.root / "work", self.checkpoint):
+            self.fs.make_directory(directory)
         if begun is None:
             self._write("plan", state)
         elif begun["fingerprint"] != state["fingerprint"]:

@@ -118,7 +118,7 @@ def _planned_hash(plan: Plan, tensor: OutputTensor, hasher: Hasher) -> str:
 def _computed(plan: Plan, tensor: OutputTensor) -> Iterator[bytes]:
     from moectl.checkpoint.evaluate import evaluate
 
-    return evaluate(tensor.expression, plan.sources, plan.seed, tensor.dtype)
+    return evaluate(tensor, plan.sources, plan.seed)
 
 
 @contextmanager
@@ -145,10 +145,8 @@ class _Writer:
 
     def run(self, overwrite: bool) -> Written:
         plan, journal, out = self.plan, self.journal, self.journal.out
-        if overwrite and journal.root.exists() and not (journal.root / "replaced").exists():
-            self.fs.remove_tree(journal.root)
         self._check_disk()
-        journal.begin()
+        journal.begin(discard_others=overwrite)
         hashes: dict[str, str] = {}
         written = 0
         for shard in plan.shards:
@@ -228,7 +226,7 @@ class _Writer:
         """Side files byte for byte, generated ones, and last the provenance with everybody's hash."""
         target = self.journal.checkpoint
         generated = self.plan.text_files
-        for side in self.plan.sources[0].side_files():
+        for side in self.plan.sources[0].side_files() if self.plan.sources else ():
             if side.name not in generated:
                 self._put(target / side.name, side.read_bytes())
         for name, text in generated.items():

@@ -1,8 +1,8 @@
 """From tensors on disk to parameters of modules, a few at a time: the one seam to transformers' loader.
 
-Names and shapes on disk are not those in memory (one tensor per expert against one fused 3-D tensor), and the rules
-between them are transformers' own (`core_model_loading`, semi-internal, the same from 5.17 to 5.23). They are applied
-here to part of a model. Because they work on meta tensors too, a checkpoint is checked whole before a byte is read.
+Names and shapes on disk are not those in memory (a tensor per expert here, one fused 3-D tensor there), and the
+rules between them are transformers' own: `core_model_loading`, semi-internal, used here alike from 5.17 to 5.23.
+They work on meta tensors too, so a checkpoint is checked whole before any of its weights are read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -34,12 +34,16 @@ from moectl.layerwise.tensors import OnDisk, on_meta
 
 
 class WeightLoader:
-    """Moves parameters and saved buffers of a meta-device model to `device` and back, by their names in memory.
+    """Gives the parameters and saved buffers of a model their values and takes them away, by name in memory.
 
-    Peak memory of a load: what is loaded, plus up to twice its largest parameter while per-expert tensors are fused.
+    A parameter without its value is a single NaN expanded to its shape: it takes no memory, is on the right device
+    (models ask embeddings for theirs) and shows when read. On meta it would not: Llama 4 moves its token ids to
+    the embedding's device, and an embedding of meta ids is uninitialised memory without an error (torch 2.13).
+
+    Peak memory of a load: what it loads, and up to twice the largest parameter while experts are fused.
 
     Raises:
-        InputError: a parameter would be left without a value, a tensor has no place, or a shape is wrong.
+        InputError: a parameter would be left without a value, a tensor without a place, or shapes differ.
     """
 
     def __init__(
@@ -52,7 +56,9 @@ class WeightLoader:
         self._rules = get_model_conversion_mapping(model)
         self._sources = self._find_sources()
         self._donors = self._check_all()
-        self._empty: dict[str, Tensor] = model.state_dict(keep_vars=True)
+        weights = model.state_dict(keep_vars=True)
+        self._empty = {name: _placeholder(value, device) for name, value in weights.items()}
+        self._unload(self._empty)
 
     @property
     def names(self) -> list[str]:
@@ -61,29 +67,36 @@ class WeightLoader:
 
     @contextmanager
     def loaded(self, names: Sequence[str]) -> Iterator[None]:
-        """Inside, the named parameters have their values (in the loader's dtype); afterwards they are on meta again."""
+        """Inside, the named parameters have their values, in the loader's dtype; before and after, they have none.
+
+        Raises:
+            InputError: a weight file has been cut since it was opened.
+        """
         try:
             self._load(names)
             yield
         finally:
-            for name in names:
-                self._set(name, self._empty[name])
+            self._unload(names)
 
     def _load(self, names: Sequence[str]) -> None:
         for name in names:
             donor = self._donors.get(name, name)
-            if donor not in self._sources:  # made together with another parameter of the same module (a split tensor)
+            if donor not in self._sources:  # one of several made from one tensor: it comes with the first of them
                 continue
             before = self._get(donor)
             tensors = {source: OnDisk(self._checkpoint.tensors[source]) for source in self._sources[donor]}
-            self._refuse(self._convert(tensors, self._device))
+            self._refuse_misfits(self._convert(tensors, self._device))
             if donor != name:
                 value = self._get(donor)
                 self._set(donor, before)
                 self._set(name, value)
-        empty = [name for name in names if self._get(name).is_meta]
+        empty = [name for name in names if self._get(name) is self._empty[name]]
         if empty:
             raise self._lacking(empty)
+
+    def _unload(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._set(name, self._empty[name])
 
     def _find_sources(self) -> dict[str, list[str]]:
         """Name in memory -> names on disk, decided as transformers' loader decides it."""
@@ -100,15 +113,14 @@ class WeightLoader:
 
     def _check_all(self) -> dict[str, str]:
         """Convert every tensor on the meta device; returns {parameter without tensors: the tied one that has some}."""
-        shapes = {name: on_meta(ref) for name, ref in self._checkpoint.tensors.items()}
-        info = self._convert(shapes, "meta")
+        info = self._convert({name: on_meta(ref) for name, ref in self._checkpoint.tensors.items()}, "meta")
         missing = set(info.missing_keys)
-        self._model._adjust_missing_and_unexpected_keys(info)  # drops what the family itself ignores, e.g. MTP layers
-        self._refuse(info)
-        donors = dict(_donors(missing, self._model.all_tied_weights_keys))
-        lacking = sorted(missing - donors.keys(), key=dot_natural_key)
-        if lacking:
-            raise self._lacking(lacking)
+        # Drops what the family itself ignores, such as the multi-token prediction layers of DeepSeek-V3.
+        self._model._adjust_missing_and_unexpected_keys(info)
+        self._refuse_misfits(info)
+        donors = dict(_find_donors(missing, self._model.all_tied_weights_keys))
+        if missing - donors.keys():
+            raise self._lacking(missing - donors.keys())
         return donors
 
     def _convert(self, tensors: Mapping[str, OnDisk | Tensor], device: torch.device | str) -> Any:
@@ -122,36 +134,21 @@ class WeightLoader:
             info, _ = convert_and_load_state_dict_in_model(self._model, dict(tensors), config)
         return info
 
-    def _refuse(self, info: Any) -> None:
-        if info.conversion_errors:
-            self._refuse_unconverted(min(info.conversion_errors, key=dot_natural_key))
+    def _refuse_misfits(self, info: Any) -> None:
+        for name in sorted(info.conversion_errors, key=dot_natural_key):
+            raise self._bad(f"has {len(self._sources[name])} tensors that do not make up one {name!r}", name)
         for name, found, expected in sorted(info.mismatched_keys):
-            raise self._bad(
-                f"makes {escape(name)} {list(found)}, but its config.json asks for {list(expected)}"
-                + _among(self._holes(name))
-            )
+            raise self._bad(f"makes {name!r} {list(found)}, but its config.json {list(expected)}", name)
         if info.unexpected_keys:
-            raise self._bad(f"holds {_some(info.unexpected_keys)}, for which the model has no place")
-
-    def _refuse_unconverted(self, name: str) -> None:
-        sources = self._sources.get(name, [])
-        raise self._bad(
-            f"holds {len(sources)} tensors that do not fit together as {escape(name)}" + _among(self._holes(name))
-        )
-
-    def _holes(self, name: str) -> list[str]:
-        """Tensors that the others of a parameter suggest should be there: `experts.3.up_proj` beside `experts.3.gate_proj`."""
-        pieces = [re.split(r"\.(\d+)\.(?=\D*$)", source) for source in self._sources.get(name, [])]
-        found = {tuple(piece) for piece in pieces if len(piece) == 3}
-        expected = {(head, index, tail) for head, _, tail in found for _, index, _ in found}
-        return [f"{head}.{index}.{tail}" for head, index, tail in expected - found]
+            raise self._bad(f"has {_some(info.unexpected_keys)}, for which the model has no place")
 
     def _lacking(self, names: Iterable[str]) -> InputError:
         return self._bad(f"has no tensor for {_some(names)}")
 
-    def _bad(self, what: str) -> InputError:
+    def _bad(self, what: str, name: str = "") -> InputError:
+        holes = _holes(self._sources.get(name, ()))
         return InputError(
-            f"{escape(self._checkpoint.name)} {what}.",
+            f"{escape(self._checkpoint.name)} {escape(what)}" + (f": no {_some(holes)}." if holes else "."),
             "Running it anyway would mean random or ignored weights.",
             "Compare its tensors with its config.json (`moectl inspect`), or download or write it again.",
         )
@@ -165,21 +162,32 @@ class WeightLoader:
         setattr(self._model.get_submodule(path), leaf, value)
 
 
-def _donors(missing: set[str], tied: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Pairs (missing parameter, tied parameter that is there), whichever of them the config calls the source."""
+def _placeholder(value: Tensor, device: torch.device | str) -> Tensor:
+    if not value.is_floating_point():
+        return value
+    nothing = torch.full((), torch.nan, dtype=value.dtype, device=device).expand(value.shape)
+    return nn.Parameter(nothing, requires_grad=False) if isinstance(value, nn.Parameter) else nothing
+
+
+def _find_donors(missing: set[str], tied: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """(missing parameter, one tied to it that is there), whichever of them the config calls the source."""
     for name in missing:
         source = tied.get(name, name)
-        partners = [source, *(target for target, of in tied.items() if of == source)]
+        partners = [source, *(target for target, origin in tied.items() if origin == source)]
         there = [partner for partner in partners if partner not in missing]
-        if there and (name in tied or len(partners) > 1):
+        if there:
             yield name, there[0]
+
+
+def _holes(sources: Iterable[str]) -> list[str]:
+    """What the numbered tensors of one parameter lack: `experts.3.up_proj` where there is `experts.3.gate_proj`."""
+    matches = [re.fullmatch(r"(.+\.)(\d+)(\..+)", source) for source in sources]
+    found = {match.groups() for match in matches if match}
+    complete = {(head, index, tail) for head, _, tail in found for _, index, _ in found}
+    return ["".join(parts) for parts in complete - found]
 
 
 def _some(names: Iterable[str]) -> str:
     ordered = sorted(names, key=dot_natural_key)
     shown = ", ".join(repr(escape(name)) for name in ordered[:5])
     return f"{shown} and {len(ordered) - 5} more" if len(ordered) > 5 else shown
-
-
-def _among(holes: Sequence[str]) -> str:
-    return f"; missing: {_some(holes)}" if holes else ""

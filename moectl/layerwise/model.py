@@ -1,9 +1,9 @@
 """A causal language model whose weights pass through memory one decoder layer at a time.
 
-The model is transformers' own, on the meta device: its `forward` runs unchanged. Every module that owns weights (the
-embedding, each decoder layer, the final norm, the head) reads them from disk just before it runs and drops them just
-after. Peak memory is the largest of these (while its weights are read and fused: about twice that) plus the activations
-of all sequences of the call, because a pass runs once over [B, L] ids: hidden states take B * L * D numbers, logits
+The model is transformers' own and its `forward` runs unchanged. Every module that owns weights (the embedding, each
+decoder layer, the final norm, the head) reads them from disk just before it runs and drops them just after. Peak
+memory is the largest of these (up to about twice that while experts are fused) plus the activations of all
+sequences of a call, because one pass runs over all of [B, L] at once: hidden states take B * L * D numbers, logits
 B * L * V. Shapes: B sequences, L tokens each, D hidden, V vocabulary.
 """
 
@@ -31,7 +31,7 @@ class LayerCall:
 
     Attributes:
         index: which layer, from 0.
-        module: the layer. Its parameters may be read and changed (for this call), hooks may be put on its submodules.
+        module: the layer. Its parameters may be read and, for this call, changed; its submodules may get hooks.
         hidden_states: what comes in, [B, L, D].
     """
 
@@ -42,28 +42,28 @@ class LayerCall:
     _rest: tuple[Any, ...] | None = field(default=None, init=False)
 
     def run(self, hidden_states: Tensor | None = None) -> Tensor:
-        """What the layer makes of its input, or of other hidden states [B, L, D]; may be called any number of times."""
+        """What the layer makes of its input, or of other hidden states [B, L, D]; call it as often as needed."""
         output = self._forward(self.hidden_states if hidden_states is None else hidden_states)
         if isinstance(output, tuple):
             output, *rest = output
             self._rest = tuple(rest)
         return output
 
-    def result(self, hidden_states: Tensor) -> Any:
+    def _result(self, hidden_states: Tensor) -> Any:
         """`hidden_states` in the form in which this family's layers return them."""
         return hidden_states if self._rest is None else (hidden_states, *self._rest)
 
 
 Visitor = Callable[[LayerCall], Tensor]
-"""Called in place of each decoder layer, in order; returns the hidden states [B, L, D] that go on to the next one.
+"""Called in place of each decoder layer, in order; returns the hidden states [B, L, D] that the next one gets.
 
-`lambda layer: layer.run()` changes nothing. Calibration runs the layer to see its inputs, changes its weights, and
-returns a second `run`; capture hooks the router, runs once and takes the hook away.
+`lambda layer: layer.run()` changes nothing. Calibration runs the layer to see its inputs, changes its weights and
+returns a second run; routing capture hooks the router, runs once and removes the hook.
 """
 
 
 class LayerwiseModel:
-    """A checkpoint that can be run without ever being whole in memory.
+    """A checkpoint that runs without ever being whole in memory.
 
     Attributes:
         checkpoint: what the weights are read from.
@@ -80,7 +80,8 @@ class LayerwiseModel:
         self.num_layers = len(layers)
         units = _units(loader.names, prefix)
         for index in range(self.num_layers):
-            self._stream(f"{prefix}.{index}", units.pop(f"{prefix}.{index}", ()), index)
+            path = f"{prefix}.{index}"
+            self._stream(path, units.pop(path, ()), index)
         for path, names in units.items():
             self._stream(path, names)
 
@@ -88,7 +89,7 @@ class LayerwiseModel:
     def open(
         cls, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> LayerwiseModel:
-        """Build the model and check every tensor's name and shape against it; no weights are read yet.
+        """Build the model and check the name and shape of every tensor against it; no weights are read yet.
 
         Args:
             checkpoint: any unquantised decoder-only checkpoint whose architecture transformers has.
@@ -96,7 +97,7 @@ class LayerwiseModel:
             device: where to compute.
 
         Raises:
-            InputError: the architecture is not supported, or a tensor is missing, unexpected or of a wrong shape.
+            InputError: the architecture is not supported, or a tensor is missing, unexpected or of another shape.
         """
         model = build(checkpoint, dtype, device)
         return cls(checkpoint, model, WeightLoader(model, checkpoint, dtype, device))
@@ -142,15 +143,14 @@ class LayerwiseModel:
             with self._loader.loaded(names):
                 if index is None or self._visit is None:
                     return forward(*args, **kwargs)
-                hidden_states, again = _with_input(forward, args, kwargs)
-                layer = LayerCall(index, module, hidden_states, again)
-                return layer.result(self._visit(layer))
+                layer = LayerCall(index, module, *_with_input(forward, args, kwargs))
+                return layer._result(self._visit(layer))
 
         module.forward = streamed
 
 
 def _units(names: Sequence[str], prefix: str) -> dict[str, list[str]]:
-    """Parameter names by the module that holds them: a whole decoder layer, else the module directly around each."""
+    """Parameter names by the module that holds them: a whole decoder layer, or the module they belong to."""
     layer = re.compile(rf"{re.escape(prefix)}\.\d+(?=\.)")
     units: dict[str, list[str]] = defaultdict(list)
     for name in names:
@@ -165,4 +165,5 @@ def _with_input(
     """The hidden states among a layer's arguments, and the call as a function of them alone."""
     if args:
         return args[0], lambda hidden_states: forward(hidden_states, *args[1:], **kwargs)
-    return kwargs["hidden_states"], lambda hidden_states: forward(**{**kwargs, "hidden_states": hidden_states})
+    others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+    return kwargs["hidden_states"], lambda hidden_states: forward(hidden_states=hidden_states, **others)

@@ -26,9 +26,9 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
 
 
 def build(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
-    """The checkpoint's causal language model, parameters on the meta device, unsaved buffers computed on `device`.
+    """The checkpoint's causal language model: parameters on the meta device, unsaved buffers on `device`.
 
-    Attention and experts run as they do under `from_pretrained` with its defaults.
+    Attention and experts run the way they do under `from_pretrained` with its defaults.
 
     Raises:
         InputError: it is quantised, an encoder-decoder, or no causal language model of transformers.
@@ -37,36 +37,35 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str
     if getattr(config, "quantization_config", None):
         raise _unsupported(checkpoint, "is quantised", "Give the checkpoint it was made from.")
     if config.is_encoder_decoder:
-        raise _unsupported(checkpoint, "is an encoder-decoder model", "Give a decoder-only language model.")
+        raise _unsupported(checkpoint, "is an encoder-decoder", "Give a decoder-only language model.")
     try:
         with quiet(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except Exception as error:  # the sizes of a config.json can break a constructor in any way
-        raise unusable(checkpoint, "describes no causal language model that transformers can build", error) from error
+    except Exception as error:  # the sizes in a config.json can break a constructor in any way
+        raise unusable(checkpoint, "is no causal language model that transformers can build", error) from error
     _compute_buffers(model, device)
     return model.eval()
 
 
 def decoder_layers(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The name and the module list of the decoder layers: as many as the config says, and most of the parameters.
+    """The decoder's list of layers and its name: as long as the config says, and holding most of the parameters.
 
     Raises:
         InputError: the decoder has no such list.
     """
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    config = model.config.get_text_config(decoder=True)
+    count = config.num_hidden_layers
+    counts = {count, getattr(config, "num_layers", count)}  # LongCat also counts the two halves of each layer
     decoder = model.get_decoder()
     inside = set(decoder.modules())
     candidates = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count and module in inside
+        if isinstance(module, nn.ModuleList) and len(module) in counts and module in inside
     ]
     if not candidates:
-        raise _unsupported(
-            checkpoint,
-            f"has no list of {count} decoder layers in its {type(decoder).__name__}",
-            "Load the whole model instead (`layerwise=False`).",
-        )
+        what = f"has no list of {count} decoder layers in its {type(decoder).__name__}"
+        raise _unsupported(checkpoint, what, "Use it where it fits in memory whole.")
     return max(candidates, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
 
 
@@ -75,15 +74,16 @@ def unusable(checkpoint: Checkpoint, what: str, error: Exception) -> InputError:
     reason = escape((str(error).strip() or type(error).__name__).splitlines()[0])[:300]
     return InputError(
         f"{escape(checkpoint.name)} {what}: {reason}",
-        "Code that comes with a checkpoint is never run, so transformers has to know the model.",
-        "Check config.json, or install a transformers release that has this architecture.",
+        "Code that comes with a checkpoint is never run, so transformers itself has to know the model.",
+        "Check its config.json, or install a transformers release that has this architecture.",
     )
 
 
 def _compute_buffers(model: PreTrainedModel, device: torch.device | str) -> None:
     """Give unsaved buffers (rotary frequencies, embedding scales) the values `from_pretrained` gives them.
 
-    They come from the model's own initialisation, always computed on the CPU; parameters stay on meta throughout.
+    They come from the model's own initialisation, on the CPU wherever they are used later; on meta parameters
+    it does nothing.
     """
     with quiet():
         buffers = list(model.named_non_persistent_buffers())
@@ -100,6 +100,4 @@ def _set_buffer(model: PreTrainedModel, name: str, value: torch.Tensor) -> None:
 
 
 def _unsupported(checkpoint: Checkpoint, what: str, fix: str) -> InputError:
-    return InputError(
-        f"{escape(checkpoint.name)} {what}.", "It cannot be run one decoder layer at a time.", fix
-    )
+    return InputError(f"{escape(checkpoint.name)} {what}.", "It cannot be run one decoder layer at a time.", fix)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,30 +38,30 @@ TORCH_DTYPES = {
 def read_tensor(ref: TensorRef) -> Tensor:
     """The tensor `ref` points at, in its type on disk.
 
-    The bytes are read, never mapped: a file cut while in use is an error here and a SIGBUS under mmap. They land in
-    memory torch allocated, because its alignment is what keeps matmuls bit-equal from one load to the next.
+    The bytes are read, never mapped: a file cut while in use is an error here and a SIGBUS under mmap. They land
+    in memory that torch allocated, so that matmuls see the same alignment at every load.
 
     Raises:
         InputError: the file ends before the tensor does.
     """
     raw = torch.empty(ref.nbytes, dtype=torch.uint8)
-    view, position = memoryview(raw.numpy()), 0
+    target, position = raw.numpy(), 0
     for piece in Checkpoint.chunks(ref):
-        view[position : position + len(piece)] = piece
+        target[position : position + len(piece)] = np.frombuffer(piece, dtype=np.uint8)
         position += len(piece)
     return raw.view(TORCH_DTYPES[ref.dtype]).reshape(ref.shape)
-
-
-class OnDisk:
-    """A tensor that is read when it is indexed, as the slices are which transformers' loader takes."""
-
-    def __init__(self, ref: TensorRef) -> None:
-        self._ref = ref
-
-    def __getitem__(self, index: object) -> Tensor:
-        return read_tensor(self._ref)[index]
 
 
 def on_meta(ref: TensorRef) -> Tensor:
     """The shape and type of a tensor without its bytes."""
     return torch.empty(ref.shape, dtype=TORCH_DTYPES[ref.dtype], device="meta")
+
+
+class OnDisk:
+    """A tensor that is read when it is indexed: what transformers' loader takes in place of a safetensors slice."""
+
+    def __init__(self, ref: TensorRef) -> None:
+        self._ref = ref
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return read_tensor(self._ref)[index]

@@ -1,0 +1,5 @@
+"""`python -m moectl` is `moectl`."""
+
+from moectl.cli.main import main
+
+main()

@@ -1,0 +1,46 @@
+"""Which part of a model a tensor belongs to, by its name, for every architecture on the Hub that names things usually."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+COMPONENTS: tuple[tuple[str, re.Pattern[str]], ...] = (
+    ("embedding", re.compile(r"embed_tokens|word_embeddings?\b|\bwte\b|embed_in|\bshared\.weight$")),
+    ("head", re.compile(r"lm_head|embed_out|\boutput\.weight$")),
+    ("shared experts", re.compile(r"shared_expert|shared_mlp|shared_head\.mlp")),
+    ("router", re.compile(r"router|\bgate\.(wg\.)?(weight|bias)$|e_score_correction_bias|expert_bias")),
+    ("experts", re.compile(r"experts?[._]|block_sparse_moe\.(input|output)_linear")),
+    ("norms", re.compile(r"norm|\bln_\w+|layer_?norm", re.IGNORECASE)),
+    ("attention", re.compile(r"attn|attention|SelfAttention|\bconv\b|linear_attn|mamba|mixer")),
+    ("dense FFN", re.compile(r"mlp|feed_forward|ffn|DenseReluDense|dense_h_to_4h|\bfc[12]\b")),
+)
+"""Component -> pattern; the first that matches counts, `other` when none does."""
+
+PER_EXPERT = re.compile(r"(?P<block>.*\bexperts)\.(?:expert_)?(?P<expert>\d+)\.(?P<matrix>.+)")
+"""A tensor of one expert: `model.layers.3.mlp.experts.17.up_proj.weight`."""
+
+FUSED_EXPERTS = re.compile(r"(?P<block>.*\bexperts)\.(?P<matrix>(gate_up|gate|up|down)_proj(\.weight)?)")
+"""A 3-D tensor of all experts of a layer: `model.layers.3.mlp.experts.gate_up_proj`."""
+
+_NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "experts_per_token", "num_selected_experts")
+
+
+def component(name: str) -> str:
+    """The component a tensor belongs to."""
+    return next((label for label, pattern in COMPONENTS if pattern.search(name)), "other")
+
+
+def experts_and_top_k(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """The number of routed experts and of those active per token, wherever the config keeps them; None if nowhere."""
+    text = config.get("text_config")
+    places = [config, *([text] if isinstance(text, Mapping) else [])]
+
+    def first(names: tuple[str, ...]) -> int | None:
+        values = (place.get(name) for place in places for name in names)
+        return next((value for value in values if type(value) is int and value > 0), None)
+
+    top_k = 1 if config.get("model_type") in ("switch_transformers",) else first(_TOP_K)
+    return first(_NUM_EXPERTS), top_k
