@@ -121,19 +121,11 @@ def flattened(module: str, done: set[str]) -> Iterator[ast.stmt]:
     """Statements of `moectl.cli.MODULE` after its siblings', with names made MODULE_name."""
     done.add(module)
     body = ast.parse((COMMANDS / f"{module}.py").read_text()).body
-    siblings = {
-        a.name for s in body if isinstance(s, ast.ImportFrom) and s.module == COMMANDS_NAME for a in s.names
-    }
+    siblings = {a.name for s in body if isinstance(s, ast.ImportFrom) and s.module == COMMANDS_NAME for a in s.names}
     for sibling in sorted(siblings):
         if sibling not in done:
             yield from flattened(sibling, done)
-    own = {
-        target.id
-        for s in body
-        if isinstance(s, ast.Assign)
-        for target in s.targets
-        if isinstance(target, ast.Name)
-    }
+    own = {target.id for s in body if isinstance(s, ast.Assign) for target in s.targets if isinstance(target, ast.Name)}
     own |= {s.name for s in body if isinstance(s, ast.FunctionDef | ast.ClassDef)}
     rename = Flatten(module, own, siblings)
     for statement in body:

@@ -16,12 +16,14 @@ from typing import Any
 
 def machine() -> dict[str, Any]:
     """Processor, cores, memory, system and the versions that matter."""
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
     return {
         "cpu": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "system": platform.release(),
+        "system": platform.system(),
         "python": platform.python_version(),
         "moectl": version("moectl"),
     }

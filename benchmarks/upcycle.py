@@ -129,7 +129,9 @@ def compare_speed(work: Path, rounds: int, mergekit: Path | None) -> dict[str, A
         if mergekit is not None and round_number:
             arguments = [str(mergekit / "bin" / "mergekit-moe"), str(work / "mergekit.yaml"), str(merged)]
             theirs = run([*arguments, "--i-understand-this-is-not-useful-without-training", "--quiet"])
-            rows["mergekit-moe"].append({"seconds": theirs.wall, "cpu_seconds": theirs.cpu, "peak_rss": theirs.peak_rss})
+            rows["mergekit-moe"].append(
+                {"seconds": theirs.wall, "cpu_seconds": theirs.cpu, "peak_rss": theirs.peak_rss}
+            )
             settle(merged)
     settle(dense)
     medians = {name: statistics.median(row["seconds"] for row in runs) for name, runs in rows.items() if runs}

@@ -163,13 +163,13 @@ def shape_of(x: Expression, sources: Sequence[Checkpoint]) -> Shape:
                 return shape[: x.dim] + shape[x.dim + 1 :]
             return _replaced(shape, x.dim, len(x.index))
         case Concat():
-            shapes = [shape_of(part, sources) for part in x.parts]
-            assert len({_replaced(shape, x.dim, 0) for shape in shapes}) == 1, f"concat of {shapes}"
-            return _replaced(shapes[0], x.dim, sum(shape[x.dim] for shape in shapes))
+            parts = [shape_of(part, sources) for part in x.parts]
+            assert len({_replaced(shape, x.dim, 0) for shape in parts}) == 1, f"concat of {parts}"
+            return _replaced(parts[0], x.dim, sum(shape[x.dim] for shape in parts))
 
 
 def _replaced(shape: Shape, dim: int, size: int) -> Shape:
-    return shape[:dim] + (size,) + shape[dim + 1 :]
+    return (*shape[:dim], size, *shape[dim + 1 :])
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,13 +187,10 @@ def extents(x: Expression, sources: Sequence[Checkpoint], dtype: str) -> tuple[E
         case Copy():
             ref = sources[x.source].tensors[x.tensor]
             return (Extent(ref.file, ref.offset, ref.nbytes),) if ref.dtype == dtype else None
-        case Slice(dim=0) | Index(dim=0, index=int()):
-            inner = extents(x.x, sources, dtype)
-            if inner is None:
-                return None
-            start, stop = (x.start, x.stop) if isinstance(x, Slice) else (x.index, x.index + 1)  # type: ignore[operator]
-            row = math.prod(shape_of(x.x, sources)[1:]) * ITEM_BYTES[dtype]
-            return cut(inner, start * row, stop * row)  # type: ignore[operator]
+        case Slice(dim=0, start=start, stop=stop):
+            return _rows(x.x, sources, dtype, start, stop)
+        case Index(dim=0, index=int(i)):
+            return _rows(x.x, sources, dtype, i, i + 1)
         case Concat(dim=0):
             parts = [extents(part, sources, dtype) for part in x.parts]
             if any(part is None for part in parts):
@@ -201,6 +198,12 @@ def extents(x: Expression, sources: Sequence[Checkpoint], dtype: str) -> tuple[E
             return tuple(extent for part in parts for extent in part or ())
         case _:
             return None
+
+
+def _rows(x: Expression, sources: Sequence[Checkpoint], dtype: str, start: int, stop: int) -> tuple[Extent, ...] | None:
+    whole = extents(x, sources, dtype)
+    row = math.prod(shape_of(x, sources)[1:]) * ITEM_BYTES[dtype]
+    return None if whole is None else cut(whole, start * row, stop * row)
 
 
 def cut(whole: Sequence[Extent], start: int, stop: int) -> tuple[Extent, ...]:

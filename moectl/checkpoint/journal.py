@@ -115,7 +115,9 @@ class Journal:
         return record
 
     def _write(self, name: str, record: dict[str, Any]) -> None:
-        put(self.fs, self.root / "journal" / f"{name}.json", json.dumps(record).encode(), self.work_file(f"{name}.json"))
+        put(
+            self.fs, self.root / "journal" / f"{name}.json", json.dumps(record).encode(), self.work_file(f"{name}.json")
+        )
 
 
 def put(fs: FileSystem, target: Path, data: bytes, work: Path) -> None:

@@ -85,7 +85,9 @@ def verify_hashes(checkpoint: Checkpoint, on_bytes: Callable[[int], None] = lamb
         for name, future in futures.items():
             found[name] = future.result()
             on_bytes(checkpoint.tensors[name].nbytes)
-    files = {name: sha256_file(checkpoint.path / name) for name in recorded["files"] if (checkpoint.path / name).exists()}
+    files = {
+        name: sha256_file(checkpoint.path / name) for name in recorded["files"] if (checkpoint.path / name).exists()
+    }
     return Verification(
         tensors=len(found),
         nbytes=checkpoint.nbytes,

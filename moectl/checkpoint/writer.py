@@ -53,13 +53,15 @@ def write(
         InputError: a source cannot be read or changes meanwhile.
     """
     fs = fs or FileSystem()
-    out = Path(os.path.abspath(out))
+    out = Path(os.path.normpath(out.absolute()))
     check_target(plan, out)
     with Hasher() as hasher:
         if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
             if not _is_done(plan, out, hasher):
                 raise UsageError(
-                    f"{escape(str(out))} exists.", "It is not the output of this command.", "Give --overwrite, or another -o."
+                    f"{escape(str(out))} exists.",
+                    "It is not the output of this command.",
+                    "Give --overwrite, or another -o.",
                 )
             fs.remove_tree(Journal(plan, out, fs).root)
             return Written(out, 0)

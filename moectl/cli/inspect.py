@@ -38,7 +38,9 @@ def inspect(
     routing = f", {found.experts} experts, top {found.top_k}" if found.experts else ""
     title = f"{found.name}: {found.model_type}, {found.layers} layers, hidden size {found.hidden_size}{routing}"
     columns = ("component", "tensors", "parameters", "active parameters", "bytes")
-    rows: list[list[output.Cell]] = [[getattr(part, name.replace(" ", "_")) for name in columns] for part in found.components]
+    rows: list[list[output.Cell]] = [
+        [getattr(part, name.replace(" ", "_")) for name in columns] for part in found.components
+    ]
     rows.append(["total", found.tensors, found.parameters, found.active_parameters, found.bytes])
     output.emit_table(columns, rows, title=title)
     if report is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -22,5 +23,28 @@ def quickstart(
 
     Needs nothing: the text comes with Python. Takes about a minute and a half on two cores.
     """
+    from dataclasses import asdict
 
+    from moectl.quickstart import quickstart as tell
+    from moectl.quickstart import rows
+    from moectl.report import output
 
+    with output.progress("training", steps, quiet=quiet, unit="steps") as advance:
+        story = tell(
+            directory,
+            steps=steps,
+            seed=seed,
+            overwrite=overwrite,
+            say=lambda text: output.note(text, quiet=quiet),
+            on_step=lambda _step, _loss: advance(1),
+        )
+    if json:
+        output.emit_json("moectl.quickstart/1", asdict(story))
+    else:
+        output.emit_table(("", "dense", f"{story.experts} experts, top {story.top_k}"), rows(story))
+    output.note(
+        f"Done in {story.seconds:.0f} s. The MoE is an ordinary checkpoint:\n"
+        f'  AutoModelForCausalLM.from_pretrained("{story.moe.path}")\n'
+        f"Next: moectl inspect {shlex.quote(story.moe.path)} --weights",
+        quiet=quiet,
+    )

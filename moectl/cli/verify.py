@@ -25,10 +25,14 @@ def verify(
     ] = 1e-5,
     tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Random ids to compare; longer than any sliding window when left out.", show_default=False),
+        typer.Option(
+            min=1, help="Random ids to compare; longer than any sliding window when left out.", show_default=False
+        ),
     ] = None,
     seed: options.Seed = 0,
-    write_card: Annotated[bool, typer.Option("--write-card", help="Record the comparison in MODEL's README.md.")] = False,
+    write_card: Annotated[
+        bool, typer.Option("--write-card", help="Record the comparison in MODEL's README.md.")
+    ] = False,
     revision: options.Revision = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -42,7 +46,9 @@ def verify(
     from moectl.report import output
 
     if write_card and against is None:
-        raise UsageError("--write-card needs --against.", "There is nothing to record otherwise.", "Name the dense model.")
+        raise UsageError(
+            "--write-card needs --against.", "There is nothing to record otherwise.", "Name the dense model."
+        )
     checkpoint = Checkpoint.open(model, revision)
     has_provenance = (checkpoint.path / "moectl.json").exists()
     document: dict[str, Any] = {"path": str(checkpoint.path)}

@@ -22,8 +22,20 @@ ARITHMETIC_DOCUMENTS = 4096
 ARITHMETIC_LINES = 32
 # Installed packages, tests, and sources that are tables (encodings, pydoc_data) or Python 2 (lib2to3).
 _SKIPPED_DIRECTORIES = frozenset(
-    "__pycache__ dist-packages encodings ensurepip idlelib lib2to3 lib-dynload pydoc_data site-packages test tests"
-    " turtledemo".split()
+    [
+        "__pycache__",
+        "dist-packages",
+        "encodings",
+        "ensurepip",
+        "idlelib",
+        "lib2to3",
+        "lib-dynload",
+        "pydoc_data",
+        "site-packages",
+        "test",
+        "tests",
+        "turtledemo",
+    ]
 )
 _OPERATIONS = {"+": add, "-": sub, "*": mul}
 

@@ -1,7 +1,7 @@
 """From `--data` to documents: the same sources, the same domains and the same held-out tenth for every command.
 
-A spec is `builtin:NAME`, a file, a directory of files, or a Hub dataset `org/name[:split]`. A local path wins over a Hub
-id; `./x`, `../x` and `/x` are never looked up on the Hub.
+A spec is `builtin:NAME`, a file, a directory of files, or a Hub dataset `org/name[:split]`. A local path wins over a
+Hub id; `./x`, `../x` and `/x` are never looked up on the Hub.
 """
 
 from __future__ import annotations
@@ -144,7 +144,9 @@ def _source(spec: str) -> Source:
 def _empty(source: Source, split: Split, found: int) -> InputError:
     if not found:
         return InputError(
-            f"{escape(source.spec)} holds no text.", "There is nothing to read.", "Give data with at least one document."
+            f"{escape(source.spec)} holds no text.",
+            "There is nothing to read.",
+            "Give data with at least one document.",
         )
     name = "held-out" if split == "heldout" else split
     return InputError(

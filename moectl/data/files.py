@@ -71,7 +71,9 @@ def read_parquet(path: Path) -> Iterator[str]:
                     row += 1
                     yield _text_of(path, f"row {row}", {"text": text})
     except (ArrowException, UnicodeDecodeError) as error:
-        raise _bad(path, f"row {row + 1}", f"is damaged ({escape(str(error))[:120]})", "Write the file again.") from None
+        raise _bad(
+            path, f"row {row + 1}", f"is damaged ({escape(str(error))[:120]})", "Write the file again."
+        ) from None
     except OSError as error:
         raise _unreadable(path, error) from None
 
@@ -85,7 +87,7 @@ READERS: dict[str, Callable[[Path], Iterator[str]]] = {
 
 
 def read_directory(directory: Path) -> Iterator[str]:
-    """The texts of every file below a directory that has a reader, in the order of their paths; hidden ones are skipped.
+    """The texts of every file below a directory that has a reader, in order of path; hidden ones are skipped.
 
     Raises:
         InputError: no file in it has a reader, or one of them cannot be read.

@@ -1,4 +1,4 @@
-"""Reader of Hub datasets: streamed by the `datasets` library, which runs no code from the Hub, and never downloaded whole."""
+"""Reader of Hub datasets: streamed by the `datasets` library, which runs no code from the Hub; never stored whole."""
 
 from __future__ import annotations
 

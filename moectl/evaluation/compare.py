@@ -1,7 +1,7 @@
 """Are two checkpoints the same function? Their fp32 logits on random token ids, side by side.
 
-Random ids are enough to tell functions apart and need no tokenizer; a sequence longer than every attention window
-makes the windows count too. Shapes: L tokens, R of them at a time, V vocabulary.
+Random ids are enough to tell functions apart and need no tokenizer; a sequence longer than every attention
+window makes the windows count too. Shapes: L tokens, R of them at a time, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from moectl.layerwise.skeleton import read_config, unusable
 MIN_TOKENS = 64
 WINDOWS = ("sliding_window", "attention_chunk_size")
 """Config fields that limit how far back a token looks."""
+
+Run = Callable[[Checkpoint, Tensor], Tensor]
+"""From token ids [1, L] to a checkpoint's logits [1, L, V]."""
 
 CHUNK_NUMBERS = 1 << 22
 """How many logits are compared at once in float64: 32 MiB for each of a handful of temporaries."""
@@ -72,7 +75,7 @@ def compare(
         reference: what it should equal.
         tokens: length of the sequence; by default longer than any attention window, as `default_tokens` says.
         seed: seed of the token ids.
-        layerwise: run one layer at a time from disk; by default if either in fp32 exceeds half the free memory.
+        layerwise: run one layer at a time from disk; by default if either exceeds half of free memory.
 
     Raises:
         InputError: the vocabularies differ, or a checkpoint does not load completely, cannot take that many
@@ -172,7 +175,7 @@ def _check_complete(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
         )
 
 
-def _finite_logits(run: Callable[[Checkpoint, Tensor], Tensor], checkpoint: Checkpoint, ids: Tensor) -> Tensor:
+def _finite_logits(run: Run, checkpoint: Checkpoint, ids: Tensor) -> Tensor:
     """The logits [L, V] of the one sequence `ids` [1, L], all of them finite numbers."""
     try:
         with quiet():

@@ -36,9 +36,7 @@ def heldout_batches(
     """
     batches = {}
     for domain, documents in read_documents(specs, "heldout").by_domain().items():
-        packed = token_batches(
-            documents, encode, eos_id=eos_id, sequence_length=sequence_length, batch_size=batch_size
-        )
+        packed = token_batches(documents, encode, eos_id=eos_id, sequence_length=sequence_length, batch_size=batch_size)
         batches[domain] = list(islice(packed, max_batches))
         if not batches[domain]:
             raise InputError(

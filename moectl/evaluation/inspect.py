@@ -1,4 +1,4 @@
-"""What a checkpoint is, from its config and headers alone: sizes, parameters in total and active, bytes by component."""
+"""What a checkpoint is, from its config and headers alone: sizes, parameters (total and active), bytes by component."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
     """Measure a checkpoint of any architecture without reading a weight."""
     config = checkpoint.config
     experts, top_k = experts_and_top_k(config)
-    groups: dict[str, list[TensorRef]] = {label: [] for label, _ in COMPONENTS} | {"other": []}
+    groups: dict[str, list[TensorRef]] = {label: [] for label in (*(name for name, _ in COMPONENTS), "other")}
     for name, ref in checkpoint.tensors.items():
         groups[component(name)].append(ref)
     components = tuple(_measure(label, refs, experts, top_k) for label, refs in groups.items() if refs)

@@ -1,4 +1,4 @@
-"""Which part of a model a tensor belongs to, by its name, for every architecture on the Hub that names things usually."""
+"""Which part of a model a tensor belongs to, by its name, for architectures named as most of the Hub is."""
 
 from __future__ import annotations
 
@@ -25,7 +25,14 @@ FUSED_EXPERTS = re.compile(r"(?P<block>.*\bexperts)\.(?P<matrix>(gate_up|gate|up
 """A 3-D tensor of all experts of a layer: `model.layers.3.mlp.experts.gate_up_proj`."""
 
 _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "experts_per_token", "num_selected_experts")
+_TOP_K = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_k",
+    "experts_per_token",
+    "num_selected_experts",
+)
 
 
 def component(name: str) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moectl.families.spec import Config, DenseFamily, MoeFamily, Pair
 from moectl.errors import InputError
+from moectl.families.spec import Config, DenseFamily, MoeFamily, Pair
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _LARGEST = {"vocab_size": 2**32, "num_hidden_layers": 100_000}
@@ -46,7 +46,9 @@ def normalised(family: DenseFamily, config: Config) -> dict[str, Any]:
     return result
 
 
-def translated(pair: Pair, dense: Config, moe: MoeFamily, fields: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
+def translated(
+    pair: Pair, dense: Config, moe: MoeFamily, fields: Mapping[str, Any], dtype: str | None
+) -> dict[str, Any]:
     """The MoE config of a normalised dense config; `fields` are num_experts, top_k, expert_width, ... by meaning.
 
     Raises:

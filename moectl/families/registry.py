@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moectl.errors import InputError, UsageError
 from moectl.families import mixtral, qwen2_moe, qwen3_moe
 from moectl.families.llama import LLAMA
 from moectl.families.mistral import MISTRAL
@@ -11,7 +12,6 @@ from moectl.families.qwen2_moe import QWEN2_MOE
 from moectl.families.qwen3 import QWEN3
 from moectl.families.qwen3_moe import QWEN3_MOE
 from moectl.families.spec import DenseFamily, MoeFamily, Pair
-from moectl.errors import InputError, UsageError
 
 DENSE: dict[str, DenseFamily] = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 MOE: dict[str, MoeFamily] = {family.model_type: family for family in (MIXTRAL, QWEN2_MOE, QWEN3_MOE)}
@@ -29,7 +29,9 @@ def find_pair(dense: str, into: str | None) -> Pair:
     if not pairs:
         known = ", ".join(sorted({pair.dense for pair in PAIRS}))
         raise InputError(
-            f"model_type {dense!r} cannot be upcycled.", "No MoE family is known that computes the same.", f"Known: {known}."
+            f"model_type {dense!r} cannot be upcycled.",
+            "No MoE family is known that computes the same.",
+            f"Known: {known}.",
         )
     for pair in pairs:
         if into is None or pair.moe == into:

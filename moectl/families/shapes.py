@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from moectl.checkpoint.header import escape
 from moectl.checkpoint.source import Checkpoint
-from moectl.families.spec import Config, DenseFamily, TensorSpec
 from moectl.errors import InputError
+from moectl.families.spec import Config, DenseFamily, TensorSpec
 
 
 def expected_tensors(family: DenseFamily, config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -48,7 +48,9 @@ def check_tensors(family: DenseFamily, config: Config, checkpoint: Checkpoint) -
         if ref is None:
             raise _bad(checkpoint, f"lacks tensor {name!r} of shape {list(shape)}, which its config asks for")
         if ref.shape != shape:
-            raise _bad(checkpoint, f"has tensor {name!r} of shape {list(ref.shape)}, expected {list(shape)} by its config")
+            raise _bad(
+                checkpoint, f"has tensor {name!r} of shape {list(ref.shape)}, expected {list(shape)} by its config"
+            )
         names.append(name)
     wanted = set(names)
     for name in checkpoint.tensors:
@@ -57,7 +59,9 @@ def check_tensors(family: DenseFamily, config: Config, checkpoint: Checkpoint) -
         if name == "lm_head.weight" and not config["untied_head"]:
             names.append(name)
             continue
-        raise _bad(checkpoint, f"holds tensor {escape(name)!r}, which is no part of {family.architecture} as configured")
+        raise _bad(
+            checkpoint, f"holds tensor {escape(name)!r}, which is no part of {family.architecture} as configured"
+        )
     return names
 
 

@@ -1,10 +1,10 @@
 """A causal language model whose weights pass through memory one decoder layer at a time.
 
-The model is transformers' own and its `forward` runs unchanged. Every module that owns weights (the embedding, each
-decoder layer, the final norm, the head) reads them from disk just before it runs and drops them just after. Peak
-memory is the largest of these (up to about twice that while experts are fused) plus the activations of all
-sequences of a call, because one pass runs over all of [B, L] at once: hidden states take B * L * D numbers, logits
-B * L * V. Shapes: B sequences, L tokens each, D hidden, V vocabulary.
+The model is transformers' own and its `forward` runs unchanged. Every module that owns weights (the
+embedding, each decoder layer, the final norm, the head) reads them from disk just before it runs and drops
+them just after. Peak memory is that of loading the largest of these (`WeightLoader`) plus the activations of
+all sequences of a call, because one pass runs over all of [B, L] at once: hidden states take B * L * D numbers,
+logits B * L * V. Shapes: B sequences, L tokens each, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class LayerCall:
 
     Attributes:
         index: which layer, from 0.
-        module: the layer. Its parameters may be read and, for this call, changed; its submodules may get hooks.
+        module: the layer. Its parameters may be read, and changed for this call; submodules may get hooks.
         hidden_states: what comes in, [B, L, D].
     """
 
@@ -42,7 +42,7 @@ class LayerCall:
     _rest: tuple[Any, ...] | None = field(default=None, init=False)
 
     def run(self, hidden_states: Tensor | None = None) -> Tensor:
-        """What the layer makes of its input, or of other hidden states [B, L, D]; call it as often as needed."""
+        """What the layer makes of its input or of other hidden states [B, L, D]; may be called repeatedly."""
         output = self._forward(self.hidden_states if hidden_states is None else hidden_states)
         if isinstance(output, tuple):
             output, *rest = output
@@ -55,10 +55,10 @@ class LayerCall:
 
 
 Visitor = Callable[[LayerCall], Tensor]
-"""Called in place of each decoder layer, in order; returns the hidden states [B, L, D] that the next one gets.
+"""Called in place of each decoder layer, in order; returns the hidden states [B, L, D] the next one gets.
 
-`lambda layer: layer.run()` changes nothing. Calibration runs the layer to see its inputs, changes its weights and
-returns a second run; routing capture hooks the router, runs once and removes the hook.
+`lambda layer: layer.run()` changes nothing. Calibration runs the layer to see its inputs, changes its weights
+and returns a second run; routing capture hooks the router, runs once and removes the hook.
 """
 
 
@@ -97,7 +97,7 @@ class LayerwiseModel:
             device: where to compute.
 
         Raises:
-            InputError: the architecture is not supported, or a tensor is missing, unexpected or of another shape.
+            InputError: the architecture is not supported, or a tensor is missing, unexpected or misshapen.
         """
         model = build(checkpoint, dtype, device)
         return cls(checkpoint, model, WeightLoader(model, checkpoint, dtype, device))

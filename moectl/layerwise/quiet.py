@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside, transformers draws no progress bar, and neither it nor Python warns; afterwards all is as before."""
+    """Inside, transformers draws no progress bars, and neither it nor Python warns; then all is as before."""
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity(logging.CRITICAL)

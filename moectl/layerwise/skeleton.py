@@ -42,13 +42,13 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str
         with quiet(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # the sizes in a config.json can break a constructor in any way
-        raise unusable(checkpoint, "is no causal language model that transformers can build", error) from error
+        raise unusable(checkpoint, "is no causal language model transformers can build", error) from error
     _compute_buffers(model, device)
     return model.eval()
 
 
 def decoder_layers(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The decoder's list of layers and its name: as long as the config says, and holding most of the parameters.
+    """The name of the decoder's list of layers, and the list: the largest that is as long as the config says.
 
     Raises:
         InputError: the decoder has no such list.
@@ -100,4 +100,5 @@ def _set_buffer(model: PreTrainedModel, name: str, value: torch.Tensor) -> None:
 
 
 def _unsupported(checkpoint: Checkpoint, what: str, fix: str) -> InputError:
-    return InputError(f"{escape(checkpoint.name)} {what}.", "It cannot be run one decoder layer at a time.", fix)
+    why = "It cannot be run one decoder layer at a time."
+    return InputError(f"{escape(checkpoint.name)} {what}.", why, fix)

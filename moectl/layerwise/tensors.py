@@ -38,8 +38,8 @@ TORCH_DTYPES = {
 def read_tensor(ref: TensorRef) -> Tensor:
     """The tensor `ref` points at, in its type on disk.
 
-    The bytes are read, never mapped: a file cut while in use is an error here and a SIGBUS under mmap. They land
-    in memory that torch allocated, so that matmuls see the same alignment at every load.
+    The bytes are read, never mapped: a file cut while in use is an error here and a SIGBUS under mmap. They
+    land in memory that torch allocated, so that matmuls see the same alignment at every load.
 
     Raises:
         InputError: the file ends before the tensor does.
@@ -58,7 +58,7 @@ def on_meta(ref: TensorRef) -> Tensor:
 
 
 class OnDisk:
-    """A tensor that is read when it is indexed: what transformers' loader takes in place of a safetensors slice."""
+    """A tensor that is read when it is indexed, as transformers' loader does with safetensors' slices."""
 
     def __init__(self, ref: TensorRef) -> None:
         self._ref = ref

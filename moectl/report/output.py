@@ -84,7 +84,17 @@ def parse_size(text: str) -> int:
     Raises:
         UsageError: it is not a size.
     """
-    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+    units = {
+        "": 1,
+        "b": 1,
+        "kb": 10**3,
+        "mb": 10**6,
+        "gb": 10**9,
+        "tb": 10**12,
+        "kib": 2**10,
+        "mib": 2**20,
+        "gib": 2**30,
+    }
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if not match or match[2].lower() not in units:
         raise UsageError(f"{escape(text)!r} is not a size.", "", "Write bytes, or a number with kB, MB, GB, TB or GiB.")
@@ -101,8 +111,8 @@ def count(number: float) -> str:
 
 
 @contextmanager
-def progress(title: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
-    """Show a bar of bytes on stderr while the block runs; yields a function to call with bytes done.
+def progress(title: str, total: int, *, quiet: bool = False, unit: str = "bytes") -> Iterator[Callable[[int], None]]:
+    """Show a bar on stderr while the block runs; yields a function to call with how many `unit`s were done.
 
     Nothing is drawn when stderr is not a terminal, TERM is dumb, or `quiet`.
     """
@@ -110,9 +120,17 @@ def progress(title: str, total: int, *, quiet: bool = False) -> Iterator[Callabl
         yield lambda _done: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    counters = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
+    columns = (BarColumn(), *counters, TimeRemainingColumn())
     with Progress("[progress.description]{task.description}", *columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=total)
         yield lambda done: bar.advance(task, done)

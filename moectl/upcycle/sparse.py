@@ -67,7 +67,11 @@ class SparseRecipe:
                 "Each token is sent to top-k different experts.",
                 f"Give --top-k from 1 to {self.experts}.",
             )
-        for name, value in (("--router-std", self.router_std), ("--noise", self.noise), ("--aux-loss-coef", self.aux_loss_coef)):
+        for name, value in (
+            ("--router-std", self.router_std),
+            ("--noise", self.noise),
+            ("--aux-loss-coef", self.aux_loss_coef),
+        ):
             if not (value >= 0 and math.isfinite(value)):
                 raise UsageError(f"{name} {value} is not a finite number of at least 0.", "", "Give another value.")
         if self.dtype not in ("auto", *TORCH_NAMES) or TORCH_NAMES.get(self.dtype) == "F64":
@@ -125,7 +129,9 @@ def _tensors(
 ) -> Iterator[OutputTensor]:
     """Every tensor in the order the model has them; a layer's gate matrix stands for the whole FFN."""
     layer_of = {dense.mlp.gate.format(layer=layer): layer for layer in range(config["num_hidden_layers"])}
-    replaced = {pattern.format(layer=layer) for layer in layer_of.values() for pattern in (dense.mlp.up, dense.mlp.down)}
+    replaced = {
+        pattern.format(layer=layer) for layer in layer_of.values() for pattern in (dense.mlp.up, dense.mlp.down)
+    }
     cast = TORCH_NAMES.get(recipe.dtype)
     for name in names:
         if name in layer_of:
@@ -157,7 +163,7 @@ def _moe_block(
     if moe.shared:
         # Silent (down is zero) but not dead: its gate and up are neurons of the dense FFN, so down has a gradient.
         width = min(SHARED_WIDTH, config["intermediate_size"])
-        silent = {
+        silent: dict[str, Expression] = {
             moe.shared.mlp.gate: Slice(Copy(gate), 0, 0, width),
             moe.shared.mlp.up: Slice(Copy(up), 0, 0, width),
             moe.shared.mlp.down: Literal((hidden, width), 0.0),
