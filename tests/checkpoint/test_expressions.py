@@ -155,7 +155,11 @@ def test_tensors_of_few_dimensions(name: str, source: Checkpoint) -> None:
 def test_contiguous_parts_are_extents_and_others_are_not(source: Checkpoint) -> None:
     assert extents(Slice(Index(Copy("cube"), 0, 1), 0, 2, 4), (source,), "F32") is not None
     assert extents(Concat((Copy("matrix"), Slice(Copy("other"), 0, 0, 1)), 0), (source,), "F32") is not None
-    for x in (Slice(Copy("matrix"), 1, 0, 2), Scale(Copy("matrix"), 1.0), Concat((Copy("matrix"), Init((1, 5), 1, "k")), 0)):
+    for x in (
+        Slice(Copy("matrix"), 1, 0, 2),
+        Scale(Copy("matrix"), 1.0),
+        Concat((Copy("matrix"), Init((1, 5), 1, "k")), 0),
+    ):
         assert extents(x, (source,), "F32") is None
     assert extents(Copy("matrix"), (source,), "BF16") is None
 

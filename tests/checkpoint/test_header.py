@@ -17,7 +17,11 @@ GOOD = safetensors_bytes({"a": random_array((2, 3)), "b": random_array((4,))})
 
 
 def entry(dtype: object = "F32", shape: object = None, offsets: object = None) -> dict[str, object]:
-    return {"dtype": dtype, "shape": [1] if shape is None else shape, "data_offsets": [0, 4] if offsets is None else offsets}
+    return {
+        "dtype": dtype,
+        "shape": [1] if shape is None else shape,
+        "data_offsets": [0, 4] if offsets is None else offsets,
+    }
 
 
 def header(**tensors: object) -> bytes:
@@ -39,8 +43,11 @@ BAD = {
     "leading space": (with_header(b" {}"), "does not begin with '{'"),
     "deep nesting": (with_header(b'{"a":' * 50_000 + b"1" + b"}" * 50_000), "not valid JSON"),
     "duplicate name": (
-        with_header(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
-                    b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"\0" * 4),
+        with_header(
+            b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+            b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+            b"\0" * 4,
+        ),
         "names the tensor 'a' twice",
     ),
     "overlap": (header(a=entry(offsets=[0, 4]), b=entry(shape=[1], offsets=[0, 4])), "overlaps"),

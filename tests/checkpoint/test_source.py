@@ -44,8 +44,17 @@ def test_reads_what_the_library_reads(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "shard",
-    ["../x.safetensors", "/abs.safetensors", "C:\\x.safetensors", "..\\x.safetensors", "a/../../b.safetensors",
-     "x\0.safetensors", ".hidden.safetensors", "sub/x.safetensors", "x.txt"],
+    [
+        "../x.safetensors",
+        "/abs.safetensors",
+        "C:\\x.safetensors",
+        "..\\x.safetensors",
+        "a/../../b.safetensors",
+        "x\0.safetensors",
+        ".hidden.safetensors",
+        "sub/x.safetensors",
+        "x.txt",
+    ],
 )
 def test_index_never_leads_outside(shard: str, tmp_path: Path) -> None:
     path = checkpoint(tmp_path / "two", TWO)
@@ -84,7 +93,9 @@ def test_tensor_that_the_index_does_not_list(tmp_path: Path) -> None:
 
 
 def test_tensor_in_two_shards(tmp_path: Path) -> None:
-    path = checkpoint(tmp_path / "two", {"m-1.safetensors": {"a": random_array((2,))}, "m-2.safetensors": {"b": random_array((2,))}})
+    path = checkpoint(
+        tmp_path / "two", {"m-1.safetensors": {"a": random_array((2,))}, "m-2.safetensors": {"b": random_array((2,))}}
+    )
     (path / "m-2.safetensors").write_bytes(safetensors_bytes({"a": random_array((2,)), "b": random_array((2,))}))
     refused(path, "holds tensor 'a', which m-1.safetensors holds too")
 

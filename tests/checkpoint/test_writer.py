@@ -76,7 +76,9 @@ def test_output_is_what_was_planned(dense: Path, tmp_path: Path) -> None:
         assert (ref.dtype, ref.shape) == (tensor.dtype, tensor.shape)
         if isinstance(tensor.expression, Copy):
             assert arrays_equal(found.read(tensor.name), source.read(tensor.expression.tensor))
-    assert [p.stat().st_size for p in sorted((tmp_path / "moe").glob("*.safetensors"))] == [s.nbytes for s in made.shards]
+    assert [p.stat().st_size for p in sorted((tmp_path / "moe").glob("*.safetensors"))] == [
+        s.nbytes for s in made.shards
+    ]
     assert verify_hashes(found).ok
     assert tree(dense) == before
     assert not (tmp_path / "moe.partial").exists()
@@ -98,7 +100,12 @@ def test_side_files_go_along_and_code_does_not(dense: Path, tmp_path: Path) -> N
         assert (tmp_path / "moe" / name).read_bytes() == (dense / name).read_bytes()
     assert not (tmp_path / "moe" / "modeling_evil.py").exists()
     provenance = json.loads((tmp_path / "moe" / "moectl.json").read_text())
-    assert set(provenance["files"]) == {"tokenizer.json", "chat_template.jinja", "config.json", "model.safetensors.index.json"}
+    assert set(provenance["files"]) == {
+        "tokenizer.json",
+        "chat_template.jinja",
+        "config.json",
+        "model.safetensors.index.json",
+    }
     assert provenance["recipe"]["experts"] == 3
 
 
@@ -226,7 +233,9 @@ def test_a_source_that_changes_meanwhile_is_not_published(dense: Path, tmp_path:
     assert not (tmp_path / "moe").exists()
 
 
-def test_not_enough_disk_is_said_before_anything_is_written(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_not_enough_disk_is_said_before_anything_is_written(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(writer, "free_bytes", lambda _path: 1000)
     with pytest.raises(MachineError, match=r"needs \d+ bytes, but only 1000 are free"):
         write(plan(dense), tmp_path / "moe")
@@ -243,7 +252,9 @@ def test_modes_follow_the_umask(dense: Path, tmp_path: Path) -> None:
     assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "moe").iterdir()} == {0o664}
 
 
-def test_without_copy_file_range_the_bytes_are_the_same(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_copy_file_range_the_bytes_are_the_same(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(plan(dense), tmp_path / "fast")
 
     def refuse(*_: object) -> int:
