@@ -16,6 +16,7 @@ from moectl.errors import CheckFailed, UsageError
 from moectl.evaluation.compare import compare, load
 from moectl.evaluation.heldout import heldout_batches, heldout_loss
 from moectl.evaluation.inspect import inspect
+from moectl.layerwise.quiet import quiet
 from moectl.training.byte_llama import BATCH_SIZE, DATA, SEQUENCE_LENGTH, train_byte_llama
 from moectl.upcycle.sparse import SparseRecipe, plan_sparse
 
@@ -134,7 +135,8 @@ def _make_room(directory: Path, overwrite: bool) -> None:
 def _side(path: Path, seconds: float) -> Side:
     checkpoint = Checkpoint.open(path)
     sizes = inspect(checkpoint)
-    model = load(checkpoint)
+    with quiet():
+        model = load(checkpoint)
     batches = heldout_batches(
         DATA,
         lambda text: list(text.encode()),

@@ -99,12 +99,12 @@ class Journal:
 
     def work_file(self, name: str) -> Path:
         """A new name in work/ that says which process made it."""
-        return self.root / "work" / f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.{name}"
+        return self.root / "work" / f"{os.getpid()}@{socket.gethostname()}@{secrets.token_hex(4)}@{name}"
 
     def _sweep(self) -> None:
         for path in (self.root / "work").iterdir():
-            host, pid, _, _ = (*path.name.split(".", 3), "", "", "")[:4]
-            if host == socket.gethostname() and pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            pid, _, rest = path.name.partition("@")
+            if rest.startswith(f"{socket.gethostname()}@") and pid.isdigit() and not _is_running(int(pid)):
                 self.fs.remove(path)
 
     def _read(self, name: str) -> dict[str, Any] | None:
@@ -118,6 +118,16 @@ class Journal:
         put(
             self.fs, self.root / "journal" / f"{name}.json", json.dumps(record).encode(), self.work_file(f"{name}.json")
         )
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def put(fs: FileSystem, target: Path, data: bytes, work: Path) -> None:

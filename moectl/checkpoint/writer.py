@@ -54,26 +54,22 @@ def write(
     """
     fs = fs or FileSystem()
     out = Path(os.path.normpath(out.absolute()))
-    check_target(plan, out)
+    check_target(plan, out, overwrite=overwrite)
     with Hasher() as hasher:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
+        if _is_occupied(out) and not overwrite:
             if not _is_done(plan, out, hasher):
-                raise UsageError(
-                    f"{escape(str(out))} exists.",
-                    "It is not the output of this command.",
-                    "Give --overwrite, or another -o.",
-                )
+                raise _exists(out)
             fs.remove_tree(Journal(plan, out, fs).root)
             return Written(out, 0)
         with _disk_errors(plan, out):
             return _Writer(plan, Journal(plan, out, fs), fs, hasher, on_bytes).run(overwrite)
 
 
-def check_target(plan: Plan, out: Path) -> None:
-    """Refuse an output that is, holds or lies in one of the plan's sources.
+def check_target(plan: Plan, out: Path, *, overwrite: bool = False) -> None:
+    """Refuse what can be refused at once: an output that overlaps a source, or that is another plan's.
 
     Raises:
-        UsageError: it does.
+        UsageError: `out` is, holds or lies in a source, or exists and was not made by this plan.
     """
     target = Path(os.path.realpath(out))
     for source in plan.sources:
@@ -84,6 +80,8 @@ def check_target(plan: Plan, out: Path) -> None:
                 "Sources are never written to.",
                 "Choose another -o.",
             )
+    if _is_occupied(out) and not overwrite and _fingerprint(out) != plan.fingerprint:
+        raise _exists(out)
 
 
 def free_bytes(path: Path) -> int:
@@ -94,17 +92,34 @@ def free_bytes(path: Path) -> int:
 
 
 def _is_done(plan: Plan, out: Path, hasher: Hasher) -> bool:
-    try:
-        recorded = read_provenance(out) if out.is_dir() else {}
-    except InputError:
+    if _fingerprint(out) != plan.fingerprint:
         return False
-    if recorded.get("fingerprint") != plan.fingerprint:
-        return False
+    recorded = read_provenance(out)
     for shard in plan.shards:
         path = out / shard.name
         if not path.exists() or path.stat().st_size != shard.nbytes:
             return False
     return all(_planned_hash(plan, tensor, hasher) == recorded["tensors"][tensor.name] for tensor in plan.tensors)
+
+
+def _is_occupied(out: Path) -> bool:
+    return out.exists() and (not out.is_dir() or any(out.iterdir()))
+
+
+def _fingerprint(out: Path) -> str | None:
+    try:
+        fingerprint: str | None = read_provenance(out).get("fingerprint")
+    except InputError:
+        return None
+    return fingerprint
+
+
+def _exists(out: Path) -> UsageError:
+    return UsageError(
+        f"{escape(str(out))} exists.",
+        "It is not what this command makes of these weights.",
+        "Give --overwrite to replace it, or another -o.",
+    )
 
 
 def _planned_hash(plan: Plan, tensor: OutputTensor, hasher: Hasher) -> str:

@@ -65,13 +65,15 @@ def main() -> NoReturn:
         code = MachineError.exit_code
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if isinstance(stop.code, str):
+            _complain([stop.code])
         if isinstance(stop.__context__, BrokenPipeError):  # Typer ends a broken pipe with 1
             code = 141
     except BaseException:
         _report_bug()
         code = 1
     if code in (130, 143):
-        _complain(["Interrupted. The same command resumes where this one stopped."])
+        _complain(["Interrupted. An unfinished output is kept; the same command resumes it."])
     _leave(code)
 
 

@@ -76,7 +76,7 @@ def sparse(
     for warning in source.warnings:
         output.warn(warning)
     plan = plan_sparse(source, recipe)
-    check_target(plan, out)
+    check_target(plan, out, overwrite=overwrite or dry_run)
     if dry_run:
         show_plan(plan, out, json)
         return
@@ -105,7 +105,7 @@ def sparse(
             },
         )
     else:
-        typer.echo(shown)
+        output.emit_path(out)
     state = f"written in {seconds:.1f} s" if written.shards_written else "was already complete"
     output.note(
         f"{output.count(facts['parameters'])} parameters, {output.count(facts['active_parameters'])} active, {state}.\n"

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from moectl.checkpoint.header import escape
 from moectl.checkpoint.source import Checkpoint
@@ -59,6 +59,18 @@ class Comparison:
     kl: float
     layerwise: bool
 
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain data."""
+        return asdict(self)
+
+    def markdown(self, reference: str) -> str:
+        """The comparison as a paragraph for a model card."""
+        return (
+            f"Against `{escape(reference)}` in fp32 on {self.tokens} random tokens (seed {self.seed}): largest logit "
+            f"difference {self.max_abs:.2g} of a largest logit of {self.max_logit:.3g} (relative {self.relative:.2g}), "
+            f"same next token at {self.argmax_agreement:.1%} of positions, mean KL divergence {self.kl:.2g} nats."
+        )
+
 
 def compare(
     model: Checkpoint,
@@ -75,7 +87,7 @@ def compare(
         reference: what it should equal.
         tokens: length of the sequence; by default longer than any attention window, as `default_tokens` says.
         seed: seed of the token ids.
-        layerwise: run one layer at a time from disk; by default if either exceeds half of free memory.
+        layerwise: run one layer at a time from disk; by default if either, in fp32, exceeds half of free memory.
 
     Raises:
         InputError: the vocabularies differ, or a checkpoint does not load completely, cannot take that many
@@ -139,8 +151,12 @@ def _layerwise_logits(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
     return LayerwiseModel.open(checkpoint).logits(ids)
 
 
-def _whole_logits(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
-    """The logits of the model as `from_pretrained` loads it, provided that every key found its place."""
+def load(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model in fp32 as `from_pretrained` loads it, provided that every key finds its place.
+
+    Raises:
+        InputError: transformers cannot load it, or a key is missing, unexpected or of another shape.
+    """
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             checkpoint.path,
@@ -154,6 +170,11 @@ def _whole_logits(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise unusable(checkpoint, "cannot be loaded by transformers", error) from error
     _check_complete(checkpoint, info)
+    return model
+
+
+def _whole_logits(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
+    model = load(checkpoint)
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits
     checkpoint.check_unchanged()

@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from moectl.checkpoint.header import escape
@@ -25,6 +26,13 @@ def emit_json(schema: str, document: dict[str, Any]) -> None:
     """Print one JSON document; numbers that JSON cannot hold (NaN, infinities) become null."""
     text = json.dumps({"schema": schema, **_finite(document)}, indent=2, default=str, allow_nan=False)
     sys.stdout.write(text + "\n")
+
+
+def emit_path(path: Path) -> None:
+    """Print the path of what was made, byte for byte, whatever the locale."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(os.fsencode(path) + b"\n")
+    sys.stdout.buffer.flush()
 
 
 def emit_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]], title: str = "") -> None:

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from moectl.data.documents import read_documents
 from moectl.data.tokens import BYTE_EOS_ID, BYTE_PAD_ID, byte_tokenizer, token_batches
+from moectl.layerwise.quiet import quiet
 from moectl.training.loop import train
 
 DATA = ("builtin:code", "builtin:prose", "builtin:arithmetic")
@@ -77,8 +78,9 @@ def train_byte_llama(
     losses = train(model, batches, steps=steps, learning_rate=LEARNING_RATE, warmup=steps // 10, on_step=on_step)
     seconds = time.perf_counter() - start
     model.generation_config = GenerationConfig(eos_token_id=BYTE_EOS_ID, pad_token_id=BYTE_PAD_ID)
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    with quiet():
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
     last = losses[-10:]
     return Trained(
         parameters=model.num_parameters(),

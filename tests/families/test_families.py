@@ -13,9 +13,9 @@ from trees import dense_llama
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError, UsageError
 from moectl.families.components import component, experts_and_top_k
+from moectl.families.config import normalised
 from moectl.families.registry import DENSE, MOE, PAIRS
 from moectl.families.shapes import expected_tensors
-from moectl.families.config import normalised
 from moectl.families.tiny import SIZES, tiny_model
 from moectl.upcycle.sparse import SparseRecipe, plan_sparse
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from moe_kernels.reference import expert_mlp
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from moe_kernels.reference import expert_mlp
 
 T, D, F, E, K = 13, 8, 12, 5, 2
 
