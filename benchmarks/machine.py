@@ -7,6 +7,7 @@ import platform
 import resource
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -30,8 +31,8 @@ def machine() -> dict[str, Any]:
 
 
 def command() -> str:
-    """The command line of this run, without where the interpreter lies."""
-    return " ".join(["python", *sys.argv])
+    """The command line of this run, paths cut to their names."""
+    return " ".join(["python", sys.argv[0], *(Path(word).name if "/" in word else word for word in sys.argv[1:])])
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +46,34 @@ class Run:
 
 
 def run(arguments: list[str], **options: Any) -> Run:
-    """Run a child to its end and measure it; raises if it fails."""
+    """Run a child to its end and measure it; raises if it fails.
+
+    The peak is VmHWM, read while the child runs: ru_maxrss would also hold what this process had before the exec.
+    """
     started = time.perf_counter()
     child = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-    stdout, stderr = child.stdout, child.stderr
-    assert stdout is not None and stderr is not None
-    text, errors = stdout.read(), stderr.read()
-    _, status, usage = os.wait4(child.pid, 0)
+    peak, done = [0], threading.Event()
+    watcher = threading.Thread(target=_watch_peak, args=(child.pid, peak, done))
+    watcher.start()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    text, errors = child.communicate()
     wall = time.perf_counter() - started
-    if status:
-        raise RuntimeError(f"{arguments[0]} ended with status {status}:\n{errors[-2000:]}")
-    return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, text)
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done.set()
+    watcher.join()
+    if child.returncode:
+        raise RuntimeError(f"{arguments[0]} ended with status {child.returncode}:\n{errors[-2000:]}")
+    cpu = usage.ru_utime + usage.ru_stime - before.ru_utime - before.ru_stime
+    return Run(wall, cpu, peak[0], text)
 
 
-def own_peak_rss() -> int:
-    """Peak resident bytes of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _watch_peak(pid: int, peak: list[int], done: threading.Event) -> None:
+    """Keep the highest VmHWM of the process in `peak`, every 5 ms from its exec to its end."""
+    status = Path(f"/proc/{pid}/status")
+    while not done.wait(0.005):
+        try:
+            lines = status.read_text().splitlines()
+        except OSError:
+            return
+        values = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")]
+        peak[0] = max([peak[0], *values])

@@ -24,6 +24,7 @@ from machine import command, machine, run
 from moectl.checkpoint.expressions import Init
 from moectl.checkpoint.plan import OutputTensor, Plan
 from moectl.checkpoint.writer import write
+from moectl.data.tokens import byte_tokenizer
 from moectl.families.config import normalised
 from moectl.families.llama import LLAMA
 from moectl.families.shapes import expected_tensors
@@ -111,6 +112,7 @@ def settle(*paths: Path) -> None:
 
 def compare_speed(work: Path, rounds: int, mergekit: Path | None) -> dict[str, Any]:
     dense = build_dense(work / "dense", llama_config(1024, 4096, 16, 16))
+    byte_tokenizer().save_pretrained(dense)  # mergekit-moe does not start without one
     weights = dense / "model.safetensors"
     out, copy, merged = work / "moe", work / "copy", work / "merged"
     experts = "\n".join(f"  - source_model: {dense}" for _ in range(8))

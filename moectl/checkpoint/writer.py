@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moectl.checkpoint.expressions import Extent, extents
-from moectl.checkpoint.fs import FileSystem
+from moectl.checkpoint.fs import FileSystem, Flusher
 from moectl.checkpoint.hashing import Hasher
 from moectl.checkpoint.header import escape
 from moectl.checkpoint.journal import Journal, put
@@ -202,6 +202,7 @@ class _Writer:
         work = self.journal.work_file(shard.name)
         opened: dict[Path, int] = {}
         target = self.fs.create(work)
+        flusher = Flusher(self.fs, target)
         try:
             self.fs.write(target, shard.header)
             for tensor in shard.tensors:
@@ -210,11 +211,13 @@ class _Writer:
                     computed[tensor.name] = self._write_computed(tensor, target)
                 else:
                     self._write_copied(parts, target, opened)
-            self.fs.sync(target)
+                flusher.wrote(tensor.nbytes)
+            flusher.finish()
         except BaseException:
             self.fs.remove(work)
             raise
         finally:
+            flusher.close()
             self.fs.close(target)
             for descriptor in opened.values():
                 os.close(descriptor)
