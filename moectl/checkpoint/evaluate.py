@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import ml_dtypes
 import numpy as np
@@ -26,6 +27,7 @@ from moectl.checkpoint.expressions import (
     Noise,
     Scale,
     Slice,
+    Stack,
     cut,
     extents,
     leaves,
@@ -46,10 +48,8 @@ def evaluate(tensor: OutputTensor, sources: Sequence[Checkpoint], seed: int) -> 
     Raises:
         InputError: a value is NaN or infinite, in the source or in the type asked for.
     """
-    rows = tensor.shape[0] if tensor.shape else 1
-    step = max(1, CHUNK_ELEMENTS // max(1, math.prod(tensor.shape[1:])))
-    for start in range(0, rows, step):
-        values = _Evaluator(sources, seed).rows(tensor.expression, (start, min(start + step, rows)))
+    evaluator = _Evaluator(sources, seed)
+    for values in chain.from_iterable(evaluator.chunks(part) for part in _sequence(tensor.expression)):
         result = cast(values, tensor.dtype)
         if not np.isfinite(result).all():
             largest = float(np.abs(values[np.isfinite(values)]).max(initial=0.0))
@@ -59,6 +59,15 @@ def evaluate(tensor: OutputTensor, sources: Sequence[Checkpoint], seed: int) -> 
                 "Look at the source with `moectl inspect SOURCE --weights`, or choose a wider --dtype.",
             )
         yield result.tobytes()
+
+
+def _sequence(x: Expression) -> Iterator[Expression]:
+    """Parts that lie one after the other in the result: each can be computed by itself."""
+    if isinstance(x, Stack) or (isinstance(x, Concat) and x.dim == 0):
+        for part in x.parts:
+            yield from _sequence(part)
+    else:
+        yield x
 
 
 def describe(x: Expression) -> str:
@@ -89,6 +98,13 @@ class _Evaluator:
         self.sources = sources
         self.seed = seed
 
+    def chunks(self, x: Expression) -> Iterator[np.ndarray]:
+        """The whole result in pieces of as many rows as make about a million elements."""
+        shape = shape_of(x, self.sources) or (1,)
+        step = max(1, CHUNK_ELEMENTS // max(1, math.prod(shape[1:])))
+        for start in range(0, shape[0], step):
+            yield self.rows(x, (start, min(start + step, shape[0])))
+
     def rows(self, x: Expression, rows: Rows) -> np.ndarray:
         """Rows `start` to `stop` of the result: float64 [stop - start, *shape[1:]]."""
         start, stop = rows
@@ -111,6 +127,9 @@ class _Evaluator:
                 return np.concatenate([self.rows(x.x, (i, i + 1)) for i in wanted[start:stop]])
             case Index():
                 return np.take(self.rows(x.x, rows), x.index, axis=x.dim)
+            case Stack():
+                parts = x.parts[start:stop]
+                return np.stack([self.rows(part, (0, shape[1] if len(shape) > 1 else 1)) for part in parts])
             case Concat(dim=0):
                 return np.concatenate(list(self._concat_rows(x, rows)))
             case Concat():

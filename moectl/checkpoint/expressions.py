@@ -1,6 +1,6 @@
 """What one output tensor is made of: a small tree over source tensors, plain data from end to end.
 
-    expression := Copy | Index | Slice | Concat | Mean | Scale | AddLowRank | Noise | Init | Literal
+    expression := Copy | Index | Slice | Concat | Stack | Mean | Scale | AddLowRank | Noise | Init | Literal
 
 An expression knows its shape before any weight is read, serialises to JSON, and is either a list of byte
 ranges of source files (`extents`: moved by the kernel, never through Python) or computed (`evaluate.py`).
@@ -57,6 +57,13 @@ class Concat:
 
 
 @dataclass(frozen=True, slots=True)
+class Stack:
+    """Equally shaped parts as the entries of a new first dimension."""
+
+    parts: tuple[Expression, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Mean:
     """The mean of equally shaped parts, or the weighted mean sum(w * x) / sum(w); computed in float64."""
 
@@ -108,8 +115,10 @@ class Literal:
     value: float
 
 
-Expression = Copy | Index | Slice | Concat | Mean | Scale | AddLowRank | Noise | Init | Literal
-_NODES = {node.__name__: node for node in (Copy, Index, Slice, Concat, Mean, Scale, AddLowRank, Noise, Init, Literal)}
+Expression = Copy | Index | Slice | Concat | Stack | Mean | Scale | AddLowRank | Noise | Init | Literal
+_NODES = {
+    node.__name__: node for node in (Copy, Index, Slice, Concat, Stack, Mean, Scale, AddLowRank, Noise, Init, Literal)
+}
 
 
 def children(x: Expression) -> tuple[Expression, ...]:
@@ -117,7 +126,7 @@ def children(x: Expression) -> tuple[Expression, ...]:
     match x:
         case Index() | Slice() | Scale() | Noise():
             return (x.x,)
-        case Concat() | Mean():
+        case Concat() | Stack() | Mean():
             return x.parts
         case AddLowRank():
             return (x.x, x.b, x.a)
@@ -146,6 +155,9 @@ def shape_of(x: Expression, sources: Sequence[Checkpoint]) -> Shape:
             shape, b, a = (shape_of(part, sources) for part in (x.x, x.b, x.a))
             assert shape == (b[0], a[1]) and b[1] == a[0], f"low-rank shapes {b} @ {a} do not fit {shape}"
             return shape
+        case Stack():
+            (shape,) = {shape_of(part, sources) for part in x.parts}
+            return (len(x.parts), *shape)
         case Mean():
             shapes = {shape_of(part, sources) for part in x.parts}
             assert len(shapes) == 1, f"mean of different shapes {shapes}"
@@ -191,7 +203,7 @@ def extents(x: Expression, sources: Sequence[Checkpoint], dtype: str) -> tuple[E
             return _rows(x.x, sources, dtype, start, stop)
         case Index(dim=0, index=int(i)):
             return _rows(x.x, sources, dtype, i, i + 1)
-        case Concat(dim=0):
+        case Concat(dim=0) | Stack():
             parts = [extents(part, sources, dtype) for part in x.parts]
             if any(part is None for part in parts):
                 return None

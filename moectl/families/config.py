@@ -62,8 +62,8 @@ def translated(
         )
     kept = {name: dense[name] for name in pair.keep if name in dense}
     named = {moe.fields[meaning]: value for meaning, value in fields.items() if meaning in moe.fields}
-    extra = {name: value for name, value in fields.items() if moe.shared and name == moe.shared.width}
-    config = kept | pair.translate(dense) | dict(moe.values) | named | extra
+    shared = {moe.shared.width: fields["shared_width"]} if moe.shared else {}
+    config = kept | pair.translate(dense) | dict(moe.values) | named | shared
     config["dtype"] = dtype or dense["dtype"]
     return {"architectures": [moe.architecture], "model_type": moe.model_type, **config}
 

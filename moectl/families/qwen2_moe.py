@@ -30,8 +30,8 @@ QWEN2_MOE = MoeFamily(
             up="model.layers.{layer}.mlp.shared_expert.up_proj.weight",
             down="model.layers.{layer}.mlp.shared_expert.down_proj.weight",
         ),
-        gate_row="model.layers.{layer}.mlp.shared_expert_gate.weight",
         width="shared_expert_intermediate_size",
+        gate_row="model.layers.{layer}.mlp.shared_expert_gate.weight",
     ),
 )
 

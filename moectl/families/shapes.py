@@ -8,18 +8,13 @@ from collections.abc import Iterator
 from moectl.checkpoint.header import escape
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError
-from moectl.families.spec import Config, DenseFamily, TensorSpec
+from moectl.families.spec import Config, DenseFamily
 
 
 def expected_tensors(family: DenseFamily, config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every tensor a normalised config asks for, in the order a model has them."""
-    mlp = (
-        TensorSpec(family.mlp.gate, ("F", "H")),
-        TensorSpec(family.mlp.up, ("F", "H")),
-        TensorSpec(family.mlp.down, ("H", "F")),
-    )
     sizes = _symbols(config)
-    present = [spec for spec in (*family.tensors, *mlp) if spec.when is None or config[spec.when]]
+    present = [spec for spec in (*family.tensors, *family.mlp.tensors) if spec.when is None or config[spec.when]]
     whole = [spec for spec in present if "{layer}" not in spec.name]
     for spec in whole[:1]:
         yield spec.name, tuple(sizes[symbol] for symbol in spec.shape)
@@ -71,6 +66,7 @@ def _symbols(config: Config) -> dict[str, int]:
         "V": config["vocab_size"],
         "H": config["hidden_size"],
         "F": config["intermediate_size"],
+        "2F": 2 * config["intermediate_size"],
         "Q": config["num_attention_heads"] * head_dim,
         "KV": config["num_key_value_heads"] * head_dim,
         "D": head_dim,

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moectl.checkpoint.expressions import Copy, Expression, Slice
+
 Config = Mapping[str, Any]
 
 
@@ -23,12 +25,57 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Ffn:
+    """A gated FFN `down(act(gate(x)) * up(x))` as expressions: gate and up are [F, H], down is [H, F]."""
+
+    gate: Expression
+    up: Expression
+    down: Expression
+
+    @property
+    def parts(self) -> tuple[Expression, Expression, Expression]:
+        """Gate, up, down."""
+        return self.gate, self.up, self.down
+
+
+@dataclass(frozen=True, slots=True)
 class GatedMlp:
-    """Names of a gated FFN `down(act(gate(x)) * up(x))`: gate and up are [F, H], down is [H, F]."""
+    """Names of a gated FFN stored as three matrices."""
 
     gate: str
     up: str
     down: str
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """The tensors of a dense layer's FFN."""
+        return TensorSpec(self.gate, ("F", "H")), TensorSpec(self.up, ("F", "H")), TensorSpec(self.down, ("H", "F"))
+
+    def ffn(self, layer: int, width: int) -> Ffn:
+        """A dense layer's FFN of intermediate size `width`."""
+        gate, up, down = (Copy(name.format(layer=layer)) for name in (self.gate, self.up, self.down))
+        return Ffn(gate, up, down)
+
+
+@dataclass(frozen=True, slots=True)
+class FusedMlp:
+    """Names of a gated FFN stored as two matrices: gate above up [2F, H] (for experts [E, 2F, H]), and down."""
+
+    gate_up: str
+    down: str
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """The tensors of a dense layer's FFN."""
+        return TensorSpec(self.gate_up, ("2F", "H")), TensorSpec(self.down, ("H", "F"))
+
+    def ffn(self, layer: int, width: int) -> Ffn:
+        """A dense layer's FFN of intermediate size `width`."""
+        gate_up, down = Copy(self.gate_up.format(layer=layer)), Copy(self.down.format(layer=layer))
+        return Ffn(Slice(gate_up, 0, 0, width), Slice(gate_up, 0, width, 2 * width), down)
+
+
+Mlp = GatedMlp | FusedMlp
 
 
 @dataclass(frozen=True)
@@ -45,17 +92,22 @@ class DenseFamily:
     architecture: str
     defaults: Config
     tensors: tuple[TensorSpec, ...]
-    mlp: GatedMlp
+    mlp: Mlp
     ignored: tuple[str, ...] = ("model.layers.{layer}.self_attn.rotary_emb.inv_freq",)
 
 
 @dataclass(frozen=True, slots=True)
 class SharedExpert:
-    """An always-active FFN beside the routed ones, scaled by sigmoid(gate_row @ x); `width` is its config field."""
+    """An always-active FFN beside the routed ones.
 
-    mlp: GatedMlp
-    gate_row: str
+    Attributes:
+        width: its config field.
+        gate_row: name of the row [1, H] whose sigmoid scales it, where the family has one.
+    """
+
+    mlp: Mlp
     width: str
+    gate_row: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +116,7 @@ class MoeFamily:
 
     Attributes:
         router: name of the router weight [E, H].
-        mlp: names of an expert's matrices.
+        mlp: names of the experts' matrices: one of each per expert, or fused over all experts of a layer.
         fields: the config fields that carry num_experts, top_k, expert_width, and, where the family has them,
             norm_topk (renormalise the chosen weights) and aux_loss (load-balancing coefficient).
         values: config fields with a fixed value in every checkpoint written.
@@ -73,7 +125,7 @@ class MoeFamily:
     model_type: str
     architecture: str
     router: str
-    mlp: GatedMlp
+    mlp: Mlp
     fields: Mapping[str, str]
     values: Config = field(default_factory=dict)
     shared: SharedExpert | None = None

@@ -12,22 +12,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from moectl.checkpoint.dtypes import FLOATS, TORCH_NAMES
-from moectl.checkpoint.expressions import Copy, Expression, Init, Literal, Noise, Slice
+from moectl.checkpoint.expressions import Copy, Init
 from moectl.checkpoint.plan import DEFAULT_SHARD_BYTES, OutputTensor, Plan, planned
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import UsageError
 from moectl.families import config as configs
 from moectl.families.registry import DENSE, MOE, find_pair
 from moectl.families.shapes import check_tensors
-from moectl.families.spec import DenseFamily, MoeFamily
+from moectl.families.spec import DenseFamily, Ffn, MoeFamily
+from moectl.upcycle.block import MoeLayer, emit
 from moectl.upcycle.card import model_card
-
-SHARED_WIDTH = 128
-"""Width of the silent shared expert that a family with a mandatory one gets.
-
-Zero would be smaller, and transformers accepts it, but vLLM's qwen2_moe builds no shared expert then and stops at
-the (empty) tensors transformers wants to find. 128 divides by every usual tensor-parallel size.
-"""
+from moectl.upcycle.experts import routed_experts
+from moectl.upcycle.shared import shared_expert, shared_width
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +88,13 @@ def plan_sparse(source: Checkpoint, recipe: SparseRecipe) -> Plan:
     dense, moe = DENSE[pair.dense], MOE[pair.moe]
     config = configs.normalised(dense, source.config)
     names = check_tensors(dense, config, source)
-    width = min(SHARED_WIDTH, config["intermediate_size"])
     fields = {
         "num_experts": recipe.experts,
         "top_k": recipe.top_k,
         "expert_width": config["intermediate_size"],
         "norm_topk": True,
         "aux_loss": recipe.aux_loss_coef,
-        "shared_expert_intermediate_size": width,
+        "shared_width": shared_width(moe, config["intermediate_size"]),
     }
     dtype = None if recipe.dtype == "auto" else recipe.dtype
     moe_config = configs.translated(pair, config, moe, fields, dtype)
@@ -127,50 +122,29 @@ def _tensors(
     config: dict[str, Any],
     recipe: SparseRecipe,
 ) -> Iterator[OutputTensor]:
-    """Every tensor in the order the model has them; a layer's gate matrix stands for the whole FFN."""
-    layer_of = {dense.mlp.gate.format(layer=layer): layer for layer in range(config["num_hidden_layers"])}
-    replaced = {
-        pattern.format(layer=layer) for layer in layer_of.values() for pattern in (dense.mlp.up, dense.mlp.down)
-    }
+    """Every tensor in the order the model has them; the first of a layer's FFN stands for the whole of it."""
     cast = TORCH_NAMES.get(recipe.dtype)
+    first, *others = (spec.name for spec in dense.mlp.tensors)
+    layers = range(config["num_hidden_layers"])
+    layer_of = {first.format(layer=layer): layer for layer in layers}
+    replaced = {pattern.format(layer=layer) for layer in layers for pattern in others}
     for name in names:
+        ref = source.tensors[name]
         if name in layer_of:
-            yield from _moe_block(source, dense, moe, layer_of[name], config, recipe, cast)
+            ffn = dense.mlp.ffn(layer_of[name], config["intermediate_size"])
+            block = _moe_layer(layer_of[name], ffn, moe, config, recipe)
+            yield from emit(block, moe, (source,), cast or ref.dtype)
         elif name not in replaced:
-            is_float = source.tensors[name].dtype in FLOATS
-            yield planned(name, Copy(name), (source,), cast if is_float else None)
+            yield planned(name, Copy(name), (source,), cast if ref.dtype in FLOATS else None)
 
 
-def _moe_block(
-    source: Checkpoint,
-    dense: DenseFamily,
-    moe: MoeFamily,
-    layer: int,
-    config: dict[str, Any],
-    recipe: SparseRecipe,
-    cast: str | None,
-) -> Iterator[OutputTensor]:
-    hidden = config["hidden_size"]
-    gate, up, down = (pattern.format(layer=layer) for pattern in (dense.mlp.gate, dense.mlp.up, dense.mlp.down))
-    dtype = cast or source.tensors[gate].dtype
-    router = moe.router.format(layer=layer)
-    yield planned(router, Init((recipe.experts, hidden), recipe.router_std, router), (source,), dtype)
-    for expert in range(recipe.experts):
-        for pattern, origin in ((moe.mlp.gate, gate), (moe.mlp.up, up), (moe.mlp.down, down)):
-            name = pattern.format(layer=layer, expert=expert)
-            copy: Expression = Copy(origin)
-            yield planned(name, Noise(copy, recipe.noise, name) if recipe.noise else copy, (source,), cast)
-    if moe.shared:
-        # Silent (down is zero) but not dead: its gate and up are neurons of the dense FFN, so down has a gradient.
-        width = min(SHARED_WIDTH, config["intermediate_size"])
-        silent: dict[str, Expression] = {
-            moe.shared.mlp.gate: Slice(Copy(gate), 0, 0, width),
-            moe.shared.mlp.up: Slice(Copy(up), 0, 0, width),
-            moe.shared.mlp.down: Literal((hidden, width), 0.0),
-            moe.shared.gate_row: Literal((1, hidden), 0.0),
-        }
-        for pattern, expression in silent.items():
-            yield planned(pattern.format(layer=layer), expression, (source,), dtype)
+def _moe_layer(layer: int, ffn: Ffn, moe: MoeFamily, config: dict[str, Any], recipe: SparseRecipe) -> MoeLayer:
+    """Experts made from the FFN behind a random router; draws are keyed by place, not by the family's tensor names."""
+    key, hidden = f"layers.{layer}", config["hidden_size"]
+    shared = shared_expert(ffn, moe, hidden, config["intermediate_size"])
+    router = Init((recipe.experts, hidden), recipe.router_std, f"{key}.router")
+    experts = routed_experts(ffn, recipe.experts, key, noise=recipe.noise, scale=shared.routed_scale)
+    return MoeLayer(layer, router, experts, shared.ffn, shared.gate_row)
 
 
 def _facts(

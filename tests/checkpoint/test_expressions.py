@@ -27,6 +27,7 @@ from moectl.checkpoint.expressions import (
     Noise,
     Scale,
     Slice,
+    Stack,
     extents,
     from_json,
     leaves,
@@ -67,6 +68,8 @@ def brute_force(x: Expression) -> np.ndarray:
             return np.take(brute_force(x.x), np.array(x.index, int), axis=x.dim)
         case Slice():
             return np.take(brute_force(x.x), np.arange(x.start, x.stop), axis=x.dim)
+        case Stack():
+            return np.stack([brute_force(part) for part in x.parts])
         case Concat():
             return np.concatenate([brute_force(part) for part in x.parts], axis=x.dim)
         case Mean():
@@ -118,6 +121,7 @@ def grow(inner: st.SearchStrategy[Expression]) -> st.SearchStrategy[Expression]:
         st.builds(Noise, inner, st.just(0.1), st.sampled_from(["k1", "k2"])),
         st.builds(lambda a, b: Mean((a, b)), inner, inner),
         st.builds(lambda a, b: Mean((a, b), (0.25, 2.0)), inner, inner),
+        st.builds(lambda a, b, i: Index(Stack((a, b)), 0, i), inner, inner, st.integers(0, 1)),
         st.builds(lambda x, i: Index(x, 1, i), inner, GATHERS),
         st.builds(lambda x, i: Index(x, 0, (*i, 5)), inner, GATHERS),
         st.builds(lambda a, b, n: Concat((Slice(a, 0, 0, n), Slice(b, 0, n, 6)), 0), inner, inner, st.integers(0, 6)),
@@ -125,7 +129,9 @@ def grow(inner: st.SearchStrategy[Expression]) -> st.SearchStrategy[Expression]:
     )
 
 
-TREES = st.recursive(LEAVES, grow, max_leaves=6).flatmap(lambda x: st.one_of(st.just(x), slices(x, 6, 5)))
+TREES = st.recursive(LEAVES, grow, max_leaves=6).flatmap(
+    lambda x: st.one_of(st.just(x), st.just(Stack((x, Copy("other")))), slices(x, 6, 5))
+)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
