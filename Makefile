@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test check bench completions clean
+.PHONY: quickstart test check bench completions docs clean
 
 quickstart: .venv/installed
 	$(BIN)/moectl quickstart quickstart --overwrite
@@ -16,12 +16,16 @@ check: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python completions/generate.py --check
+	$(BIN)/python docs/generate.py --check
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/upcycle.py
 
 completions: .venv/installed
 	$(BIN)/python completions/generate.py
+
+docs: .venv/installed
+	$(BIN)/python docs/generate.py
 
 .venv/installed: pyproject.toml constraints.txt
 	@echo "Installing into .venv: some minutes the first time"

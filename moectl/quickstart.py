@@ -18,7 +18,8 @@ from moectl.evaluation.heldout import heldout_batches, heldout_loss
 from moectl.evaluation.inspect import inspect
 from moectl.layerwise.quiet import quiet
 from moectl.training.byte_llama import BATCH_SIZE, DATA, SEQUENCE_LENGTH, train_byte_llama
-from moectl.upcycle.sparse import SparseRecipe, plan_sparse
+from moectl.upcycle.recipe import SparseRecipe
+from moectl.upcycle.sparse import plan_sparse
 
 TOLERANCE = 1e-5
 HELDOUT_BATCHES = 6

@@ -33,7 +33,7 @@ ITEM_BYTES: dict[str, int] = {
 }
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-"""Types a plan can compute with; weights of anything else can only be copied."""
+"""Types a plan can compute with; weights of anything else can only be copied, or dequantised with their scales."""
 
 TORCH_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """`dtype` as a config.json spells it -> the safetensors name."""

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 
 import ml_dtypes
 import numpy as np
 
+from moectl.checkpoint import quantised
 from moectl.checkpoint.dtypes import ITEM_BYTES, numpy_dtype
 from moectl.checkpoint.expressions import (
     AddLowRank,
     Concat,
     Copy,
+    Dequantise,
     Expression,
     Extent,
     Index,
@@ -25,7 +27,9 @@ from moectl.checkpoint.expressions import (
     Literal,
     Mean,
     Noise,
+    Redraw,
     Scale,
+    Shuffle,
     Slice,
     Stack,
     cut,
@@ -33,8 +37,9 @@ from moectl.checkpoint.expressions import (
     leaves,
     shape_of,
 )
+from moectl.checkpoint.header import escape
 from moectl.checkpoint.plan import OutputTensor
-from moectl.checkpoint.randomness import normal
+from moectl.checkpoint.randomness import normal, permutation, uniform
 from moectl.checkpoint.source import Checkpoint, changed
 from moectl.errors import InputError
 
@@ -85,6 +90,8 @@ def cast(values: np.ndarray, dtype: str) -> np.ndarray:
     # makes the second one exact (Boldo & Melquiond, IEEE TC 2008).
     with np.errstate(over="ignore", invalid="ignore"):
         single = values.astype(np.float32)
+        if (single == values).all():  # no first rounding, and twice as fast: all that is only read or dequantised
+            return single.astype(ml_dtypes.bfloat16)
         error = np.where(np.isfinite(single), values - single.astype(np.float64), 0.0)
     bits = single.view(np.uint32).copy()
     away = (error != 0) & ((error > 0) != (values > 0))  # rounded away from zero: step back before setting the bit
@@ -97,6 +104,7 @@ class _Evaluator:
     def __init__(self, sources: Sequence[Checkpoint], seed: int) -> None:
         self.sources = sources
         self.seed = seed
+        self._moments: dict[Redraw, tuple[float, float]] = {}
 
     def chunks(self, x: Expression) -> Iterator[np.ndarray]:
         """The whole result in pieces of as many rows as make about a million elements."""
@@ -110,12 +118,9 @@ class _Evaluator:
         start, stop = rows
         shape = shape_of(x, self.sources) or (1,)
         size = math.prod(shape[1:])
-        stored = self._stored(x)
+        stored = self._stored_rows(x, rows)
         if stored is not None:
-            dtype, ranges = stored
-            item = ITEM_BYTES[dtype] * size
-            raw = _read(cut(ranges, start * item, stop * item))
-            return np.frombuffer(raw, numpy_dtype(dtype)).astype(np.float64).reshape(stop - start, *shape[1:])
+            return stored.astype(np.float64)
         match x:
             case Slice(dim=0):
                 return self.rows(x.x, (x.start + start, x.start + stop))
@@ -124,7 +129,7 @@ class _Evaluator:
             case Index(dim=0, index=int(i)):
                 return self.rows(x.x, (i, i + 1))[0][start:stop]
             case Index(dim=0, index=tuple(wanted)):
-                return np.concatenate([self.rows(x.x, (i, i + 1)) for i in wanted[start:stop]])
+                return self._gather(x.x, wanted[start:stop])
             case Index():
                 return np.take(self.rows(x.x, rows), x.index, axis=x.dim)
             case Stack():
@@ -146,13 +151,120 @@ class _Evaluator:
             case Noise():
                 draws = normal(self.seed, x.key, start * size, stop * size)
                 return self.rows(x.x, rows) + x.std * draws.reshape(stop - start, *shape[1:])
+            case Shuffle(dim=0):
+                return self._gather(x.x, permutation(self.seed, x.key, shape[0])[start:stop])
+            case Shuffle():
+                return np.take(self.rows(x.x, rows), permutation(self.seed, x.key, shape[x.dim]), axis=x.dim)
+            case Redraw():
+                mean, std = self._redrawn_moments(x)
+                draws = normal(self.seed, x.key, start * size, stop * size).reshape(stop - start, *shape[1:])
+                return np.where(self._redrawn(x, shape, rows), mean + std * draws, self.rows(x.x, rows))
             case Init():
                 draws = normal(self.seed, x.key, start * size, stop * size)
                 return x.std * draws.reshape(stop - start, *shape[1:])
             case Literal():
                 return np.full((stop - start, *shape[1:]), x.value)
+            case Dequantise():
+                return self._dequantised(x, rows)
             case Copy():
                 raise AssertionError("a source tensor is always stored")
+
+    def _dequantised(self, x: Dequantise, rows: Rows) -> np.ndarray:
+        start, stop = rows
+        tall, wide = x.block
+        columns = x.shape[-1]
+        scales = quantised.scale_factors(self._raw(x.scales, (start // tall, (stop - 1) // tall + 1)))
+        scales = scales if scales.ndim > 1 else scales.reshape(-1, 1)
+        which = np.arange(start, stop) // tall - start // tall
+        groups = self._groups(x, scales.shape[-1])
+
+        def spread(per_block: np.ndarray) -> np.ndarray:
+            if groups is not None:
+                return per_block[..., groups]
+            return np.repeat(per_block, wide, axis=-1)[..., :columns]
+
+        result = quantised.numbers(self._raw(x.values, rows), x.coding)[..., :columns]
+        if x.zero_points is None:
+            result = result - np.float32(quantised.offset(x.coding))
+        else:
+            result = result - spread(self._zero_points(x.zero_points, x.coding, rows))
+        with np.errstate(over="ignore", invalid="ignore"):
+            result *= spread(scales)[which] if tall > 1 else spread(scales)
+        return result.astype(np.float64)
+
+    def _zero_points(self, x: Copy, coding: str, rows: Rows) -> np.ndarray:
+        """Zero points of some rows as they are stored in an unsigned type: float32 [stop - start, G]."""
+        start, stop = rows
+        if self.sources[x.source].tensors[x.tensor].dtype == "I8":
+            return self._raw(x, rows).astype(np.float32) + np.float32(quantised.offset(coding))
+        each = {"int4": 8, "int8": 4}[coding]
+        first = start // each
+        unpacked = quantised.numbers_of_columns(self._raw(x, (first, (stop - 1) // each + 1)), coding)
+        return unpacked[start - first * each : stop - first * each]
+
+    def _groups(self, x: Dequantise, number: int) -> np.ndarray | None:
+        if x.groups is None:
+            return None
+        groups = self._raw(x.groups, (0, x.shape[-1]))
+        if (groups == -1).any():
+            return None
+        if groups.min() < 0 or groups.max() >= number:
+            file = self.sources[x.groups.source].tensors[x.groups.tensor].file
+            raise InputError(
+                f"{escape(str(file))}: tensor {escape(x.groups.tensor)!r} holds {groups.min()} to {groups.max()}, "
+                f"expected groups from 0 to {number - 1}.",
+                "The scale of those columns is unknown.",
+                "Fetch the checkpoint again, or give the unquantised one.",
+            )
+        return groups
+
+    def _raw(self, x: Copy, rows: Rows) -> np.ndarray:
+        stored = self._stored_rows(x, rows)
+        assert stored is not None, "a source tensor is always stored"
+        return stored
+
+    def _stored_rows(self, x: Expression, rows: Rows) -> np.ndarray | None:
+        """Rows of what lies in the files as such, in the type it has there."""
+        stored = self._stored(x)
+        if stored is None:
+            return None
+        dtype, ranges = stored
+        start, stop = rows
+        shape = shape_of(x, self.sources) or (1,)
+        item = ITEM_BYTES[dtype] * math.prod(shape[1:])
+        raw = _read(cut(ranges, start * item, stop * item))
+        return np.frombuffer(raw, numpy_dtype(dtype)).reshape(stop - start, *shape[1:])
+
+    def _gather(self, x: Expression, wanted: Iterable[int]) -> np.ndarray:
+        return np.concatenate([self.rows(x, (int(i), int(i) + 1)) for i in wanted])
+
+    def _redrawn(self, x: Redraw, shape: tuple[int, ...], rows: Rows) -> np.ndarray:
+        """Which elements of some rows are replaced: booleans that broadcast to [stop - start, *shape[1:]]."""
+        start, stop = rows
+        if x.dim is None:
+            size = math.prod(shape[1:])
+            draws = uniform(self.seed, f"{x.key}/which", start * size, stop * size)
+            return (draws < x.fraction).reshape(stop - start, *shape[1:])
+        chosen = np.zeros(shape[x.dim], dtype=bool)
+        chosen[permutation(self.seed, x.choice, shape[x.dim])[: round(x.fraction * shape[x.dim])]] = True
+        along = chosen.reshape([-1 if dim == x.dim else 1 for dim in range(len(shape))])
+        return along[start:stop] if x.dim == 0 else along
+
+    def _redrawn_moments(self, x: Redraw) -> tuple[float, float]:
+        """Mean and standard deviation of the elements that are replaced, from one pass over the tensor."""
+        if x not in self._moments:
+            shape = shape_of(x.x, self.sources)
+            count, total, squares, start = 0, 0.0, 0.0, 0
+            for values in self.chunks(x.x):
+                rows = (start, start + len(values))
+                replaced = values[np.broadcast_to(self._redrawn(x, shape, rows), values.shape)]
+                count += replaced.size
+                total += float(replaced.sum())
+                squares += float((replaced**2).sum())
+                start = rows[1]
+            mean = total / max(count, 1)
+            self._moments[x] = (mean, math.sqrt(max(squares / max(count, 1) - mean**2, 0.0)))
+        return self._moments[x]
 
     def _stored(self, x: Expression) -> tuple[str, tuple[Extent, ...]] | None:
         dtypes = {self.sources[leaf.source].tensors[leaf.tensor].dtype for leaf in leaves(x)}

@@ -1,6 +1,8 @@
 """What one output tensor is made of: a small tree over source tensors, plain data from end to end.
 
-    expression := Copy | Index | Slice | Concat | Stack | Mean | Scale | AddLowRank | Noise | Init | Literal
+    expression := Copy | Index | Slice | Concat | Stack | Mean | Scale | AddLowRank
+                | Noise | Shuffle | Redraw | Init | Literal
+                | Dequantise
 
 An expression knows its shape before any weight is read, serialises to JSON, and is either a list of byte
 ranges of source files (`extents`: moved by the kernel, never through Python) or computed (`evaluate.py`).
@@ -10,10 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from moectl.checkpoint.dtypes import ITEM_BYTES
 from moectl.checkpoint.source import Checkpoint
@@ -99,6 +101,31 @@ class Noise:
 
 
 @dataclass(frozen=True, slots=True)
+class Shuffle:
+    """`x` with its entries along `dim` in a random order, fixed by (plan seed, key)."""
+
+    x: Expression
+    dim: int
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Redraw:
+    """`x` with some elements drawn anew from a normal with the mean and deviation of those they replace.
+
+    With `dim`, whole entries along it are replaced: round(fraction * size) of them, the set fixed by (plan seed,
+    `choice`), so that several matrices can share one (Drop-Upcycling, arXiv 2502.19261). Without, each element is
+    replaced with probability `fraction`. The new values are fixed by (plan seed, `key`).
+    """
+
+    x: Expression
+    fraction: float
+    key: str
+    dim: int | None = None
+    choice: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Init:
     """`std * N(0, 1)` of a given shape, the draws fixed by (plan seed, key)."""
 
@@ -115,23 +142,86 @@ class Literal:
     value: float
 
 
-Expression = Copy | Index | Slice | Concat | Stack | Mean | Scale | AddLowRank | Noise | Init | Literal
-_NODES = {
-    node.__name__: node for node in (Copy, Index, Slice, Concat, Stack, Mean, Scale, AddLowRank, Noise, Init, Literal)
-}
+@dataclass(frozen=True, slots=True)
+class Dequantise:
+    """`(number - zero point) * scale` of a quantised matrix [O, I], in float32 (see `quantised.py`).
+
+    Attributes:
+        values: float8 [O, I]; int32 [O, I / numbers per int32], rounded up; or mxfp4 bytes [O, ..., I / 32, 16].
+        scales: one per block, [ceil(O / rows), ceil(I / columns)]; any shape if there is only one.
+        coding: float8, int4, int8 or mxfp4.
+        shape: of the result.
+        block: rows and columns that share a scale.
+        zero_points: one per scale, int32 packed along the first dimension, or int8 as they are.
+        groups: which column of `scales` each column belongs to, where that is not its place; -1 if it is.
+    """
+
+    values: Copy
+    scales: Copy
+    coding: str
+    shape: Shape
+    block: tuple[int, int]
+    zero_points: Copy | None = None
+    groups: Copy | None = None
+
+
+Expression = (
+    Copy
+    | Index
+    | Slice
+    | Concat
+    | Stack
+    | Mean
+    | Scale
+    | AddLowRank
+    | Noise
+    | Shuffle
+    | Redraw
+    | Init
+    | Literal
+    | Dequantise
+)
+_NODES = {node.__name__: node for node in get_args(Expression)}
 
 
 def children(x: Expression) -> tuple[Expression, ...]:
     """The direct sub-expressions."""
     match x:
-        case Index() | Slice() | Scale() | Noise():
+        case Index() | Slice() | Scale() | Noise() | Shuffle() | Redraw():
             return (x.x,)
         case Concat() | Stack() | Mean():
             return x.parts
         case AddLowRank():
             return (x.x, x.b, x.a)
+        case Dequantise():
+            return tuple(part for part in (x.values, x.scales, x.zero_points, x.groups) if part is not None)
         case _:
             return ()
+
+
+def substituted(x: Expression, tensors: Mapping[str, Expression]) -> Expression:
+    """The expression with other expressions in the place of tensors of the first source."""
+    if isinstance(x, Copy):
+        return tensors.get(x.tensor, x) if x.source == 0 else x
+    if isinstance(x, Dequantise):
+        return x
+    changed: dict[str, Any] = {}
+    for field in dataclasses.fields(x):
+        value = getattr(x, field.name)
+        if isinstance(value, Expression):
+            changed[field.name] = substituted(value, tensors)
+        elif field.name == "parts":
+            changed[field.name] = tuple(substituted(part, tensors) for part in value)
+    return dataclasses.replace(x, **changed)
+
+
+def numbers_read(x: Expression) -> Iterator[Copy]:
+    """Like `leaves`, less those that are codes to look up rather than numbers to compute with."""
+    if isinstance(x, Copy):
+        yield x
+    elif not isinstance(x, Dequantise):
+        for child in children(x):
+            yield from numbers_read(child)
 
 
 def leaves(x: Expression) -> Iterator[Copy]:
@@ -147,9 +237,9 @@ def shape_of(x: Expression, sources: Sequence[Checkpoint]) -> Shape:
     match x:
         case Copy():
             return sources[x.source].tensors[x.tensor].shape
-        case Init() | Literal():
+        case Init() | Literal() | Dequantise():
             return x.shape
-        case Scale() | Noise():
+        case Scale() | Noise() | Shuffle() | Redraw():
             return shape_of(x.x, sources)
         case AddLowRank():
             shape, b, a = (shape_of(part, sources) for part in (x.x, x.b, x.a))

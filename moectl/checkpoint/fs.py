@@ -13,6 +13,7 @@ from moectl.checkpoint.source import changed
 COPY_BYTES = 1 << 26
 FLUSH_BYTES = 1 << 28
 _NO_COPY_FILE_RANGE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
+_NO_HARD_LINKS = {errno.EPERM, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 class FileSystem:
@@ -72,6 +73,23 @@ class FileSystem:
         """Move a file (replacing one) or a directory (not replacing a full one), atomically."""
         source.rename(target)
 
+    def rename_new(self, source: Path, target: Path) -> None:
+        """Move a file to a name that must be free, atomically, so that of several processes one succeeds.
+
+        Raises:
+            FileExistsError: the name is taken.
+        """
+        try:
+            target.hardlink_to(source)
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            if target.exists():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+            source.rename(target)
+        else:
+            source.unlink()
+
     def remove(self, path: Path) -> None:
         """Remove a file if it is there."""
         path.unlink(missing_ok=True)
@@ -79,6 +97,13 @@ class FileSystem:
     def remove_tree(self, path: Path) -> None:
         """Remove a directory and what is in it, if it is there."""
         shutil.rmtree(path, ignore_errors=False) if path.exists() else None
+
+
+def free_bytes(path: Path) -> int:
+    """Free disk space where `path` is or will be."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
 
 
 class Flusher:

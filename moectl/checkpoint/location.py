@@ -15,6 +15,7 @@ from moectl.checkpoint.header import escape
 from moectl.errors import InputError, MachineError, MoectlError, UsageError
 
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
+_TOKEN = re.compile(r"hf_\w{8,}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -45,8 +46,8 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Locat
                 "Give one of the two.",
             )
         return _from_hub(repo_id, inline or revision)
-    path = Path(text).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(text))  # noqa: PTH111 (pathlib's raises for a user that is not there)
+    if os.path.exists(path):  # noqa: PTH110 (pathlib's raises for a name that is too long)
         if revision:
             raise UsageError(
                 f"--revision {escape(revision)} was given, but {escape(text)} is on disk.",
@@ -66,12 +67,13 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Locat
 def _from_hub(repo_id: str, revision: str | None) -> Location:
     if not _HUB_ID.fullmatch(repo_id):
         raise InputError(f"{escape(repo_id)} is not a Hub id.", "", "Write hf://org/name or hf://org/name@revision.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub import errors, snapshot_download
+
+    http = errors.HTTPError  # of httpx or httpx2, as the version of the library has it
 
     try:
         snapshot = Path(snapshot_download(repo_id, revision=revision, allow_patterns=WANTED))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (http, errors.HFValidationError, OSError) as error:
         raise _hub_error(repo_id, revision, error) from error
     # The cache names a snapshot after the commit it holds: cache/models--org--name/snapshots/<commit>.
     return Location(snapshot, repo_id, snapshot.name)
@@ -81,7 +83,8 @@ def _hub_error(repo_id: str, revision: str | None, error: Exception) -> MoectlEr
     from huggingface_hub import errors
 
     shown = f"hf://{repo_id}" + (f"@{escape(revision)}" if revision else "")
-    sentence = escape(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    sentence = escape(_TOKEN.sub("hf_***", first))
     if isinstance(error, errors.GatedRepoError):
         return InputError(f"{shown} is gated.", sentence, "Accept its terms on its Hub page and set HF_TOKEN.")
     if isinstance(error, errors.RepositoryNotFoundError | errors.RevisionNotFoundError | errors.HFValidationError):

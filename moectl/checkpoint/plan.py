@@ -16,7 +16,7 @@ from importlib.metadata import version
 from typing import Any
 
 from moectl.checkpoint.dtypes import FLOATS, ITEM_BYTES
-from moectl.checkpoint.expressions import Expression, Shape, extents, from_json, leaves, shape_of, to_json
+from moectl.checkpoint.expressions import Expression, Shape, extents, from_json, numbers_read, shape_of, to_json
 from moectl.checkpoint.source import INDEX, SINGLE, Checkpoint
 from moectl.errors import InputError
 
@@ -180,7 +180,7 @@ def planned(name: str, expression: Expression, sources: Sequence[Checkpoint], dt
     Raises:
         InputError: it would have to compute with a type that is not floating point.
     """
-    refs = [sources[leaf.source].tensors[leaf.tensor] for leaf in leaves(expression)]
+    refs = [sources[leaf.source].tensors[leaf.tensor] for leaf in numbers_read(expression)]
     if dtype is None:
         dtype = refs[0].dtype
     if extents(expression, sources, dtype) is None:

@@ -12,8 +12,9 @@ from typing import Any
 
 from moectl.checkpoint.expressions import Extent
 from moectl.checkpoint.hashing import Hasher
+from moectl.checkpoint.header import escape, shown
 from moectl.checkpoint.plan import PROVENANCE, Plan, source_identity
-from moectl.checkpoint.source import Checkpoint, read_json
+from moectl.checkpoint.source import Checkpoint, is_plain_name, read_json
 from moectl.errors import InputError
 
 SCHEMA = "moectl.provenance/1"
@@ -42,15 +43,33 @@ def read_provenance(directory: Path) -> dict[str, Any]:
     path = directory / PROVENANCE
     if not path.exists():
         raise InputError(
-            f"{directory} has no {PROVENANCE}.",
+            f"{escape(str(directory))} has no {PROVENANCE}.",
             "It was not made by moectl, so there are no hashes to compare with.",
             "Compare it with another model instead: moectl verify MODEL --against OTHER.",
         )
     document = read_json(path)
     hashes = document.get("tensors"), document.get("files")
     if document.get("schema") != SCHEMA or not all(isinstance(table, dict) for table in hashes):
-        raise InputError(f"{path} is not of schema {SCHEMA}.", "", "Verify it with the version of moectl that made it.")
+        raise InputError(
+            f"{escape(str(path))} is not of schema {SCHEMA}.", "", "Verify it with the version of moectl that made it."
+        )
+    for name in document["files"]:
+        if not is_plain_name(name):
+            raise InputError(
+                f"{escape(str(path))} records {shown(name)!r}, not a file beside it.",
+                "A file elsewhere is none of this checkpoint's, so it is not read.",
+                "Fetch or make the checkpoint again.",
+            )
     return document
+
+
+def fingerprint_of(directory: Path) -> str | None:
+    """The fingerprint of the plan that made a checkpoint; None when it was not made by moectl, or is not there."""
+    try:
+        fingerprint: str | None = read_provenance(directory).get("fingerprint")
+    except InputError:
+        return None
+    return fingerprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +102,10 @@ def verify_hashes(checkpoint: Checkpoint, on_bytes: Callable[[int], None] = lamb
             name: hasher.submit((Extent(ref.file, ref.offset, ref.nbytes),)) for name, ref in checkpoint.tensors.items()
         }
         for name, future in futures.items():
-            found[name] = future.result()
+            found[name] = future.result().sha256
             on_bytes(checkpoint.tensors[name].nbytes)
     files = {
-        name: sha256_file(checkpoint.path / name) for name in recorded["files"] if (checkpoint.path / name).exists()
+        name: sha256_file(checkpoint.path / name) for name in recorded["files"] if (checkpoint.path / name).is_file()
     }
     return Verification(
         tensors=len(found),

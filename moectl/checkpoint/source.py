@@ -5,16 +5,16 @@ Opening one reads config.json, the index and every header, and no weights; it ex
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from moectl.checkpoint.header import TensorRef, escape, read_header
+from moectl.checkpoint.header import TensorRef, escape, parse_json, read_header, shown
 from moectl.checkpoint.location import Location, resolve
 from moectl.errors import InputError
 
@@ -25,7 +25,15 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_JSON_BYTES = 64_000_000
-_SHARD_NAME = re.compile(r"[^\x00-\x1f/\\:]+\.safetensors")
+MAX_NAME_BYTES = 255
+_MODEL_TYPE = re.compile(r"[\w.-]{1,100}", re.ASCII)
+_CODE_FIELDS = (
+    "auto_map",
+    "trust_remote_code",
+    "custom_pipelines",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+)
 _SIDE_FILES = re.compile(
     r"(generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|preprocessor_config"
     r"|chat_template)\.json|merges\.txt|vocab\.txt|.+\.jinja|.+\.tiktoken|(tokenizer|spiece|sentencepiece.*)\.model"
@@ -96,13 +104,16 @@ class Checkpoint:
     @staticmethod
     def chunks(ref: TensorRef, size: int = 1 << 22) -> Iterator[bytes]:
         """The bytes of a tensor in pieces of at most `size`, read with pread (a cut file is an error, not a crash)."""
-        descriptor = os.open(ref.file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            descriptor = os.open(ref.file, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise changed(ref.file, f"disappeared before tensor {shown(ref.name)!r} was read") from None
         try:
             position, end = ref.offset, ref.offset + ref.nbytes
             while position < end:
                 piece = os.pread(descriptor, min(size, end - position), position)
                 if not piece:
-                    raise changed(ref.file, f"ended while tensor {ref.name!r} was read")
+                    raise changed(ref.file, f"ended while tensor {shown(ref.name)!r} was read")
                 yield piece
                 position += len(piece)
         finally:
@@ -135,15 +146,18 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: it is missing, too large, not JSON, or not an object.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise _bad(path, "is not a regular file")
+        if status.st_size > MAX_JSON_BYTES:
             raise _bad(path, f"is larger than {MAX_JSON_BYTES // 10**6} MB, too large for a checkpoint's JSON")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise _bad(path, "does not exist", "Give a directory that holds a Hugging Face checkpoint.") from None
     except OSError as error:
         raise _bad(path, f"cannot be read: {error.strerror}", "Check its permissions.") from None
-    except (ValueError, RecursionError) as error:
-        raise _bad(path, f"is not valid JSON ({escape(str(error))[:120]})") from None
+    except ValueError as error:
+        raise _bad(path, f"is not valid JSON ({shown(str(error))})") from None
     if not isinstance(value, dict):
         raise _bad(path, f"holds a JSON {type(value).__name__}, not an object")
     return value
@@ -155,9 +169,11 @@ def _open(location: Location) -> Checkpoint:
         hint = "It is a single file: give the directory that holds it and its config.json."
         raise _bad(path, "is not a directory", hint)
     config = read_json(path / "config.json")
-    if not isinstance(config.get("model_type"), str):
-        raise _bad(path / "config.json", "has no `model_type`", "Give a transformers checkpoint.")
-    warnings: list[str] = []
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or not _MODEL_TYPE.fullmatch(model_type):
+        what = f"has model_type = {shown(model_type)!r}" if model_type else "has no `model_type`"
+        raise _bad(path / "config.json", what, "Give a transformers checkpoint.")
+    warnings = _ignored_code(path, config)
     if (path / INDEX).exists():
         index = read_json(path / INDEX)
         weight_map = _weight_map(path / INDEX, index)
@@ -172,7 +188,7 @@ def _open(location: Location) -> Checkpoint:
             raise _bad(path / shard, "does not exist, but the index names it", "Fetch the missing shard.")
         for name, ref in read_header(path / shard).items():
             if name in tensors:
-                raise _bad(path / shard, f"holds tensor {name!r}, which {tensors[name].file.name} holds too")
+                raise _bad(path / shard, f"holds tensor {shown(name)!r}, which {tensors[name].file.name} holds too")
             tensors[name] = ref
     if weight_map is not None:
         _compare_with_index(path / INDEX, weight_map, tensors)
@@ -180,8 +196,11 @@ def _open(location: Location) -> Checkpoint:
         metadata = index.get("metadata")
         stated = metadata.get("total_size") if isinstance(metadata, dict) else None
         if stated is not None and stated != total:
-            warnings.append(f"{INDEX} states a total_size of {stated} bytes, but the tensors have {total}.")
+            warnings.append(f"{INDEX} states a total_size of {shown(stated)} bytes, but the tensors have {total}.")
     stats = {shard: _stat(path / shard) for shard in shards}
+    unread = sorted(entry.name for entry in path.glob("*.safetensors") if entry.name not in stats)
+    if unread:
+        warnings.append(f"{_some(unread)} in {escape(str(path))} are not read, but transformers may load them instead.")
     return Checkpoint(path, location.name, location.commit, config, tensors, stats, warnings)
 
 
@@ -191,13 +210,27 @@ def _weight_map(path: Path, index: dict[str, Any]) -> dict[str, str]:
         raise _bad(path, "has no `weight_map` object")
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
-            raise _bad(path, f"maps tensor {escape(name)!r} to a {type(shard).__name__}, not a file name")
+            raise _bad(path, f"maps tensor {shown(name)!r} to a {type(shard).__name__}, not a file name")
         if shard.endswith(PICKLES):
-            raise _pickled(path.parent / escape(shard))
-        plain = PureWindowsPath(shard).name == shard and not shard.startswith(".")
-        if not plain or not _SHARD_NAME.fullmatch(shard):
-            raise _bad(path, f"maps tensor {escape(name)!r} to {escape(shard)!r}, not a file beside it")
+            raise _pickled(path.parent / shown(shard))
+        if not is_plain_name(shard) or shard.startswith(".") or not shard.endswith(".safetensors"):
+            raise _bad(path, f"maps tensor {shown(name)!r} to {shown(shard)!r}, not a file beside it")
     return weight_map
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name found in a file means a file beside it: no path, no drive, nothing unprintable, not too long."""
+    short = name.isprintable() and len(name.encode()) <= MAX_NAME_BYTES
+    return short and PureWindowsPath(name).name == name and ":" not in name and name not in ("", ".", "..")
+
+
+def _ignored_code(path: Path, config: dict[str, Any]) -> list[str]:
+    fields = [name for name in _CODE_FIELDS if config.get(name)]
+    if not fields:  # without these no reader runs the .py files that many repositories hold
+        return []
+    files = sorted(entry.name for entry in path.glob("*.py"))
+    found = ", ".join(shown(name) for name in (*fields, *files[: 5 - len(fields)]))
+    return [f"{escape(str(path))} brings code of its own ({found}); it is ignored, never run and never copied."]
 
 
 def _compare_with_index(path: Path, weight_map: dict[str, str], tensors: dict[str, TensorRef]) -> None:
@@ -205,23 +238,23 @@ def _compare_with_index(path: Path, weight_map: dict[str, str], tensors: dict[st
     if absent:
         name = absent[0]
         found = f"it is in {tensors[name].file.name}" if name in tensors else "no shard holds it"
-        raise _bad(path, f"places {_some(absent)} in {weight_map[name]}, but {found}")
+        raise _bad(path, f"places {_some(absent)} in {shown(weight_map[name])}, but {found}")
     extra = [name for name in tensors if name not in weight_map]
     if extra:
         raise _bad(tensors[extra[0]].file, f"holds {_some(extra)}, which the index does not list")
 
 
 def _some(names: list[str]) -> str:
-    shown = ", ".join(repr(escape(name)) for name in names[:5])
-    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
+    first = ", ".join(repr(shown(name)) for name in names[:5])
+    return f"{first} and {len(names) - 5} more" if len(names) > 5 else first
 
 
 def _stat(path: Path) -> tuple[int, int]:
     try:
-        stat = path.stat()
+        status = path.stat()
     except FileNotFoundError:
         return (-1, -1)
-    return stat.st_size, stat.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
 def _no_weights(path: Path) -> InputError:

@@ -2,37 +2,38 @@
 
 Bytes that are bytes of a source move inside the kernel; computed tensors pass through memory in chunks. The
 output is absent until it is complete; what is unfinished lies in OUT.partial and the same command resumes it.
+Several workers, each with its share of the shards, need only share a disk; the last one publishes.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from moectl.checkpoint.expressions import Extent, extents
-from moectl.checkpoint.fs import FileSystem, Flusher
-from moectl.checkpoint.hashing import Hasher
+from moectl.checkpoint.fs import FileSystem, Flusher, free_bytes
+from moectl.checkpoint.hashing import Examined, Hasher
 from moectl.checkpoint.header import escape
-from moectl.checkpoint.journal import Journal, put
-from moectl.checkpoint.plan import PROVENANCE, OutputTensor, Plan, Shard
-from moectl.checkpoint.provenance import provenance_text, read_provenance, sha256_file
+from moectl.checkpoint.journal import Journal, partial_of
+from moectl.checkpoint.nonfinite import by_source_tensor, nonfinite_error, search
+from moectl.checkpoint.plan import OutputTensor, Plan, Shard
+from moectl.checkpoint.provenance import fingerprint_of, read_provenance
+from moectl.checkpoint.publish import (
+    Race,
+    Written,
+    clear,
+    disk_errors,
+    exists_error,
+    identity,
+    is_occupied,
+    overtaken,
+    publish,
+)
+from moectl.checkpoint.workers import Worker
 from moectl.errors import InputError, MachineError, UsageError
-
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What `write` did: where the output is, and how many of its shards this run wrote."""
-
-    path: Path
-    shards_written: int
 
 
 def write(
@@ -40,37 +41,51 @@ def write(
     out: Path,
     *,
     overwrite: bool = False,
+    worker: Worker | None = None,
+    allow_nonfinite: bool = False,
+    command: str | None = None,
     fs: FileSystem | None = None,
     on_bytes: Callable[[int], None] = lambda _: None,
 ) -> Written:
-    """Carry out `plan` into the directory `out`; `on_bytes` hears of progress.
+    """Carry out `plan` into the directory `out`, or `worker`'s share of it; `on_bytes` hears of progress.
 
-    A finished output of this very plan (same recipe, same weights) is left as it is and counts as done.
+    A finished output of this very plan (same recipe, same weights) is left as it is and counts as done. A worker
+    publishes when it finds that every other share is there. `allow_nonfinite` copies NaN and infinity too.
+    `command` is what writes the whole plan, for the messages of `finish`.
 
     Raises:
         UsageError: `out` exists, or is or holds a source, or its partial output belongs to another plan.
         MachineError: the disk is too small or fails; what was done is kept.
-        InputError: a source cannot be read or changes meanwhile.
+        InputError: a source cannot be read, holds NaN or infinity, or changes meanwhile.
     """
     fs = fs or FileSystem()
     out = Path(os.path.normpath(out.absolute()))
-    check_target(plan, out, overwrite=overwrite)
-    with Hasher() as hasher:
-        if _is_occupied(out) and not overwrite:
+    check_target(plan, out, overwrite=overwrite, worker=worker)
+    journal = Journal(plan, out, fs, command)
+    with Hasher() as hasher, disk_errors(plan, out):
+        if is_occupied(out) and not overwrite:
             if not _is_done(plan, out, hasher):
-                raise _exists(out)
-            fs.remove_tree(Journal(plan, out, fs).root)
+                raise exists_error(out)
+            clear(fs, journal.root)
             return Written(out, 0)
-        with _disk_errors(plan, out):
-            return _Writer(plan, Journal(plan, out, fs), fs, hasher, on_bytes).run(overwrite)
+        shards = plan.shards if worker is None else worker.share(plan.shards)
+        with overtaken(journal, identity(out) if is_occupied(out) else None) as race:
+            return _Writer(plan, journal, fs, hasher, allow_nonfinite, on_bytes).run(shards, overwrite, race)
+        return Written(out, 0)
 
 
-def check_target(plan: Plan, out: Path, *, overwrite: bool = False) -> None:
+def check_target(plan: Plan, out: Path, *, overwrite: bool = False, worker: Worker | None = None) -> None:
     """Refuse what can be refused at once: an output that overlaps a source, or that is another plan's.
 
     Raises:
         UsageError: `out` is, holds or lies in a source, or exists and was not made by this plan.
     """
+    if overwrite and worker:
+        raise UsageError(
+            "--overwrite and --worker do not go together.",
+            "A worker could not tell the old output from the one that another worker has just published.",
+            f"Remove {escape(str(out))} and {escape(str(partial_of(out)))} first, then start the workers.",
+        )
     target = Path(os.path.realpath(out))
     for source in plan.sources:
         origin = Path(os.path.realpath(source.path))
@@ -80,76 +95,41 @@ def check_target(plan: Plan, out: Path, *, overwrite: bool = False) -> None:
                 "Sources are never written to.",
                 "Choose another -o.",
             )
-    if _is_occupied(out) and not overwrite and _fingerprint(out) != plan.fingerprint:
-        raise _exists(out)
-
-
-def free_bytes(path: Path) -> int:
-    """Free disk space where `path` is or will be."""
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
+    if is_occupied(out) and not overwrite and fingerprint_of(out) != plan.fingerprint:
+        raise exists_error(out)
 
 
 def _is_done(plan: Plan, out: Path, hasher: Hasher) -> bool:
-    if _fingerprint(out) != plan.fingerprint:
+    if fingerprint_of(out) != plan.fingerprint:
         return False
     recorded = read_provenance(out)
     for shard in plan.shards:
         path = out / shard.name
         if not path.exists() or path.stat().st_size != shard.nbytes:
             return False
-    return all(_planned_hash(plan, tensor, hasher) == recorded["tensors"][tensor.name] for tensor in plan.tensors)
-
-
-def _is_occupied(out: Path) -> bool:
-    return out.exists() and (not out.is_dir() or any(out.iterdir()))
-
-
-def _fingerprint(out: Path) -> str | None:
-    try:
-        fingerprint: str | None = read_provenance(out).get("fingerprint")
-    except InputError:
-        return None
-    return fingerprint
-
-
-def _exists(out: Path) -> UsageError:
-    return UsageError(
-        f"{escape(str(out))} exists.",
-        "It is not what this command makes of these weights.",
-        "Give --overwrite to replace it, or another -o.",
-    )
+    return all(_planned_hash(plan, tensor, hasher) == recorded["tensors"].get(tensor.name) for tensor in plan.tensors)
 
 
 def _planned_hash(plan: Plan, tensor: OutputTensor, hasher: Hasher) -> str:
     ranges = extents(tensor.expression, plan.sources, tensor.dtype)
     if ranges is not None:
-        return hasher.submit(ranges).result()
+        return hasher.submit(ranges, tensor.dtype).result().sha256
     digest = hashlib.sha256()
-    for chunk in _computed(plan, tensor):
+    for chunk in _computed(plan, tensor, hasher):
         digest.update(chunk)
     return digest.hexdigest()
 
 
-def _computed(plan: Plan, tensor: OutputTensor) -> Iterator[bytes]:
+def _computed(plan: Plan, tensor: OutputTensor, hasher: Hasher) -> Iterator[bytes]:
     from moectl.checkpoint.evaluate import evaluate
 
-    return evaluate(tensor, plan.sources, plan.seed)
-
-
-@contextmanager
-def _disk_errors(plan: Plan, out: Path) -> Iterator[None]:
     try:
-        yield
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
-        raise MachineError(
-            f"{escape(str(error.filename or out))}: {error.strerror}.",
-            f"{plan.file_bytes} bytes are to be written and {free_bytes(out)} are free; what was done is kept.",
-            "Make room, then run the same command again to go on.",
-        ) from error
+        yield from evaluate(tensor, plan.sources, plan.seed)
+    except InputError:
+        counts = search(plan, tensor, hasher)
+        if counts:
+            raise nonfinite_error(counts, computed=True) from None
+        raise
 
 
 @dataclass(frozen=True)
@@ -158,35 +138,37 @@ class _Writer:
     journal: Journal
     fs: FileSystem
     hasher: Hasher
+    allow_nonfinite: bool
     on_bytes: Callable[[int], None]
 
-    def run(self, overwrite: bool) -> Written:
+    def run(self, shards: tuple[Shard, ...], overwrite: bool, race: Race) -> Written:
         plan, journal, out = self.plan, self.journal, self.journal.out
         self._check_disk()
         journal.begin(discard_others=overwrite)
-        hashes: dict[str, str] = {}
         written = 0
-        for shard in plan.shards:
-            done = journal.finished(shard, self.hasher)
-            if done is None:
-                done = self._write_shard(shard)
-                written += 1
-            else:
-                self.on_bytes(shard.nbytes)
-            hashes |= done
-        self._write_files(hashes)
-        for source in plan.sources:
-            source.check_unchanged()
-        self.fs.sync_directory(journal.checkpoint)
-        if overwrite and out.exists():
-            self.fs.rename(out, journal.root / "replaced")
-        self.fs.rename(journal.checkpoint, out)
-        self.fs.sync_directory(out.parent)
-        self.fs.remove_tree(journal.root)
+        if not race.is_published():
+            hashes: dict[str, str] = {}
+            for shard in shards:
+                done = self._resume(shard)
+                if done is None:
+                    done = self._write_shard(shard)
+                    written += 1
+                hashes |= done
+            others = {shard.name: journal.recorded(shard) for shard in plan.shards if shard not in shards}
+            missing = tuple(name for name, record in others.items() if record is None)
+            if missing and not race.is_published():
+                return Written(out, written, missing)
+            if not missing:
+                for record in others.values():
+                    hashes |= record or {}
+                publish(journal, hashes, overwrite=overwrite)
+        clear(self.fs, journal.root)
         return Written(out, written)
 
     def _check_disk(self) -> None:
-        present = sum(p.stat().st_size for p in self.journal.checkpoint.glob("*")) if self.journal.root.exists() else 0
+        present = 0
+        for directory in (self.journal.checkpoint, self.journal.root / "work"):
+            present += sum(size for path in directory.glob("*") if (size := _size(path)))
         needed, free = self.plan.file_bytes - present, free_bytes(self.journal.out)
         if needed > free:
             raise MachineError(
@@ -195,10 +177,25 @@ class _Writer:
                 "Make room, or choose an -o on another disk.",
             )
 
+    def _resume(self, shard: Shard) -> dict[str, str] | None:
+        """The hashes of a shard that an earlier run finished, if one did."""
+        done = self.journal.finished(shard, self.hasher)
+        if done is None:
+            return None
+        bad = {name: sum(examined.nonfinite) for name, examined in done.items() if any(examined.nonfinite)}
+        if bad and not self.allow_nonfinite:
+            raise nonfinite_error(bad)
+        self.on_bytes(shard.nbytes)
+        return {name: examined.sha256 for name, examined in done.items()}
+
     def _write_shard(self, shard: Shard) -> dict[str, str]:
         ranges = {t.name: extents(t.expression, self.plan.sources, t.dtype) for t in shard.tensors}
-        hashes = {name: self.hasher.submit(parts) for name, parts in ranges.items() if parts is not None}
-        computed: dict[str, str] = {}
+        examined = {
+            tensor.name: self.hasher.submit(parts, tensor.dtype)
+            for tensor in shard.tensors
+            if (parts := ranges[tensor.name]) is not None
+        }
+        hashes: dict[str, str] = {}
         work = self.journal.work_file(shard.name)
         opened: dict[Path, int] = {}
         target = self.fs.create(work)
@@ -208,11 +205,13 @@ class _Writer:
             for tensor in shard.tensors:
                 parts = ranges[tensor.name]
                 if parts is None:
-                    computed[tensor.name] = self._write_computed(tensor, target)
+                    hashes[tensor.name] = self._write_computed(tensor, target)
                 else:
                     self._write_copied(parts, target, opened)
                 flusher.wrote(tensor.nbytes)
             flusher.finish()
+            copied = {name: future.result() for name, future in examined.items()}
+            self._check_finite({name: ranges[name] or () for name in copied}, copied)
         except BaseException:
             self.fs.remove(work)
             raise
@@ -223,9 +222,17 @@ class _Writer:
                 os.close(descriptor)
         self.fs.rename(work, self.journal.checkpoint / shard.name)
         self.fs.sync_directory(self.journal.checkpoint)
-        done = computed | {name: future.result() for name, future in hashes.items()}
-        self.journal.finish(shard, done)
-        return done
+        hashes |= {name: found.sha256 for name, found in copied.items()}
+        self.journal.finish(shard, hashes)
+        return hashes
+
+    def _check_finite(self, ranges: dict[str, tuple[Extent, ...]], copied: dict[str, Examined]) -> None:
+        if self.allow_nonfinite or not any(any(found.nonfinite) for found in copied.values()):
+            return
+        counts: dict[Extent, int] = {}
+        for name, found in copied.items():
+            counts |= zip(ranges[name], found.nonfinite, strict=True)
+        raise nonfinite_error(by_source_tensor(self.plan, counts))
 
     def _write_copied(self, parts: tuple[Extent, ...], target: int, opened: dict[Path, int]) -> None:
         for part in parts:
@@ -236,24 +243,15 @@ class _Writer:
 
     def _write_computed(self, tensor: OutputTensor, target: int) -> str:
         digest = hashlib.sha256()
-        for chunk in _computed(self.plan, tensor):
+        for chunk in _computed(self.plan, tensor, self.hasher):
             digest.update(chunk)
             self.fs.write(target, chunk)
             self.on_bytes(len(chunk))
         return digest.hexdigest()
 
-    def _write_files(self, tensor_hashes: dict[str, str]) -> None:
-        """Side files byte for byte, generated ones, and last the provenance with everybody's hash."""
-        target = self.journal.checkpoint
-        generated = self.plan.text_files
-        for side in self.plan.sources[0].side_files() if self.plan.sources else ():
-            if side.name not in generated:
-                self._put(target / side.name, side.read_bytes())
-        for name, text in generated.items():
-            self._put(target / name, text.encode())
-        weights = {shard.name for shard in self.plan.shards} | {PROVENANCE, "README.md"}
-        hashed = {p.name: sha256_file(p) for p in target.iterdir() if p.name not in weights}
-        self._put(target / PROVENANCE, provenance_text(self.plan, tensor_hashes, hashed).encode())
 
-    def _put(self, path: Path, data: bytes) -> None:
-        put(self.fs, path, data, self.journal.work_file(path.name))
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0

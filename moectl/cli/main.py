@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import typer
 
-from moectl.cli import inspect, quickstart, upcycle, verify
+from moectl.cli import families, finish, inspect, quickstart, upcycle, verify
 from moectl.errors import MachineError, MoectlError
 
 app = typer.Typer(
@@ -29,7 +29,9 @@ app = typer.Typer(
 )
 app.add_typer(upcycle.app, name="upcycle")
 app.command("verify")(verify.verify)
+app.command("finish")(finish.finish)
 app.command("inspect")(inspect.inspect)
+app.command("families")(families.families)
 app.command("quickstart")(quickstart.quickstart)
 
 

@@ -87,7 +87,7 @@ def _measure(label: str, refs: list[TensorRef], experts: int | None, top_k: int 
     parameters = sum(math.prod(ref.shape) for ref in refs)
     active: int | None = parameters
     if label == "experts":
-        active = parameters * top_k // experts if experts and top_k else None
+        active = parameters * top_k // experts if experts and top_k and top_k <= experts else None
     return Component(label, len(refs), parameters, active, sum(ref.nbytes for ref in refs))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from moectl.families.spec import GatedMlp, TensorSpec
+from typing import Any
+
+from moectl.families.spec import Config, GatedMlp, TensorSpec
 
 MLP = GatedMlp(
     gate="model.layers.{layer}.mlp.gate_proj.weight",
@@ -72,3 +74,39 @@ KEEP = (
     "rope_scaling",
     "dtype",
 )
+
+
+def upper_windows(config: Config) -> dict[str, Any]:
+    """Qwen's rule: layers from max_window_layers on attend within the sliding window, if windows are used at all."""
+    window = config["sliding_window"] if config["use_sliding_window"] else None
+    kinds = config["layer_types"] or [
+        "sliding_attention" if window is not None and layer >= config["max_window_layers"] else "full_attention"
+        for layer in range(config["num_hidden_layers"])
+    ]
+    return {"sliding_window": window, "layer_types": kinds}
+
+
+def no_biases(config: Config) -> str | None:
+    """A reason to refuse: biases in attention or FFN."""
+    biased = [name for name in ("attention_bias", "mlp_bias") if config.get(name)]
+    return f"{biased[0]} is true, and the MoE family has no biases there" if biased else None
+
+
+def no_windows(config: Config) -> str | None:
+    """A reason to refuse: layers with a sliding window."""
+    windows = config["layer_types"].count("sliding_attention")
+    return f"{windows} of its layers attend within a sliding window, and the MoE family has none" if windows else None
+
+
+def no_mlp_bias(config: Config) -> str | None:
+    """A reason to refuse: biases in the FFN."""
+    return "mlp_bias is true, and experts have no biases" if config.get("mlp_bias") else None
+
+
+def whole_rotary(config: Config) -> dict[str, Any]:
+    """Rotary fields for a family that always rotates whole heads and does not know `partial_rotary_factor`."""
+    return {
+        name: {key: value for key, value in config[name].items() if key != "partial_rotary_factor"}
+        for name in ("rope_parameters", "rope_scaling")
+        if name in config
+    }

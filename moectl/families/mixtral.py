@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from moectl.checkpoint.expressions import Expression, Slice
 from moectl.families import decoder
+from moectl.families.phi3 import QKV
 from moectl.families.spec import Config, GatedMlp, MoeFamily, Pair
 
 MIXTRAL = MoeFamily(
@@ -30,15 +32,50 @@ def _no_attention_bias(config: Config) -> str | None:
     return "attention_bias is true, and mixtral's attention has no biases" if config.get("attention_bias") else None
 
 
-def _no_mlp_bias(config: Config) -> str | None:
-    return "mlp_bias is true, and mixtral's experts have no biases" if config.get("mlp_bias") else None
+def _whole_heads_rotate(config: Config) -> str | None:
+    factor = config["rope_parameters"]["partial_rotary_factor"]
+    return f"partial_rotary_factor is {factor:g}, and mixtral rotates whole heads" if factor != 1 else None
 
 
 def _window(config: Config) -> dict[str, Any]:
     return {"sliding_window": config["sliding_window"]}
 
 
+def _phi3_attention(config: Config) -> dict[str, Any]:
+    return decoder.whole_rotary(config) | _window(config)
+
+
+def _q(x: Expression, config: Config) -> Expression:
+    return Slice(x, 0, 0, config["num_attention_heads"] * config["head_dim"])
+
+
+def _k(x: Expression, config: Config) -> Expression:
+    start = config["num_attention_heads"] * config["head_dim"]
+    return Slice(x, 0, start, start + config["num_key_value_heads"] * config["head_dim"])
+
+
+def _v(x: Expression, config: Config) -> Expression:
+    start = (config["num_attention_heads"] + config["num_key_value_heads"]) * config["head_dim"]
+    return Slice(x, 0, start, start + config["num_key_value_heads"] * config["head_dim"])
+
+
+_QKV = {
+    QKV: {
+        f"model.layers.{{layer}}.self_attn.{part}_proj.weight": rewrite
+        for part, rewrite in (("q", _q), ("k", _k), ("v", _v))
+    }
+}
+
+
 PAIRS = (
-    Pair("llama", "mixtral", keep=decoder.KEEP, translate=_window, refuse=(_no_attention_bias, _no_mlp_bias)),
+    Pair("llama", "mixtral", keep=decoder.KEEP, translate=_window, refuse=(_no_attention_bias, decoder.no_mlp_bias)),
     Pair("mistral", "mixtral", keep=decoder.KEEP, translate=_window),
+    Pair(
+        "phi3",
+        "mixtral",
+        keep=decoder.KEEP,
+        translate=_phi3_attention,
+        refuse=(_whole_heads_rotate,),
+        rewrite=_QKV,
+    ),
 )

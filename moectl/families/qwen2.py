@@ -20,4 +20,5 @@ QWEN2 = DenseFamily(
     },
     tensors=(*decoder.TENSORS, *decoder.QKV_BIASES),
     mlp=decoder.MLP,
+    derive=decoder.upper_windows,
 )

@@ -22,15 +22,17 @@ QWEN2_MOE = MoeFamily(
         "expert_width": "moe_intermediate_size",
         "norm_topk": "norm_topk_prob",
         "aux_loss": "router_aux_loss_coef",
+        "shared_width": "shared_expert_intermediate_size",
     },
-    values={"output_router_logits": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    values={"output_router_logits": False, "decoder_sparse_step": 1},
+    dense_layers="mlp_only_layers",
     shared=SharedExpert(
         mlp=GatedMlp(
             gate="model.layers.{layer}.mlp.shared_expert.gate_proj.weight",
             up="model.layers.{layer}.mlp.shared_expert.up_proj.weight",
             down="model.layers.{layer}.mlp.shared_expert.down_proj.weight",
         ),
-        width="shared_expert_intermediate_size",
+        default="silent",
         gate_row="model.layers.{layer}.mlp.shared_expert_gate.weight",
     ),
 )
@@ -47,4 +49,16 @@ def _attention(config: Config) -> dict[str, Any]:
     }
 
 
-PAIRS = (Pair("qwen2", "qwen2_moe", keep=(*decoder.KEEP, "max_window_layers"), translate=_attention),)
+def _llama_attention(config: Config) -> dict[str, Any]:
+    return {
+        "qkv_bias": False,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "layer_types": ["full_attention"] * config["num_hidden_layers"],
+    }
+
+
+PAIRS = (
+    Pair("qwen2", "qwen2_moe", keep=(*decoder.KEEP, "max_window_layers"), translate=_attention),
+    Pair("llama", "qwen2_moe", keep=decoder.KEEP, translate=_llama_attention, refuse=(decoder.no_biases,)),
+)

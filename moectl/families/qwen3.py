@@ -21,4 +21,5 @@ QWEN3 = DenseFamily(
     },
     tensors=(*decoder.TENSORS, *decoder.QKV_BIASES, decoder.O_BIAS, *decoder.QK_NORMS),
     mlp=decoder.MLP,
+    derive=decoder.upper_windows,
 )

@@ -13,8 +13,9 @@ QWEN3_MOE = MoeFamily(
     architecture="Qwen3MoeForCausalLM",
     router=QWEN2_MOE.router,
     mlp=QWEN2_MOE.mlp,
-    fields=QWEN2_MOE.fields,
+    fields={meaning: field for meaning, field in QWEN2_MOE.fields.items() if meaning != "shared_width"},
     values=QWEN2_MOE.values,
+    dense_layers="mlp_only_layers",
 )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from moectl.checkpoint.header import escape
 from moectl.checkpoint.source import Checkpoint
@@ -13,42 +14,47 @@ from moectl.families.spec import Config, DenseFamily
 
 def expected_tensors(family: DenseFamily, config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every tensor a normalised config asks for, in the order a model has them."""
-    sizes = _symbols(config)
     present = [spec for spec in (*family.tensors, *family.mlp.tensors) if spec.when is None or config[spec.when]]
+    shapes = {spec: resolved(spec.shape, config) for spec in present}
     whole = [spec for spec in present if "{layer}" not in spec.name]
     for spec in whole[:1]:
-        yield spec.name, tuple(sizes[symbol] for symbol in spec.shape)
+        yield spec.name, shapes[spec]
     for layer in range(config["num_hidden_layers"]):
         for spec in present:
-            if "{layer}" in spec.name:
-                yield spec.name.format(layer=layer), tuple(sizes[symbol] for symbol in spec.shape)
+            if "{layer}" in spec.name and (spec.kind is None or spec.kind == config["layer_types"][layer]):
+                yield spec.name.format(layer=layer), shapes[spec]
     for spec in whole[1:]:
-        yield spec.name, tuple(sizes[symbol] for symbol in spec.shape)
+        yield spec.name, shapes[spec]
 
 
-def check_tensors(family: DenseFamily, config: Config, checkpoint: Checkpoint) -> list[str]:
+def check_tensors(
+    family: DenseFamily,
+    config: Config,
+    checkpoint: Checkpoint,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> list[str]:
     """The names of the tensors that belong to the model, in the order of `expected_tensors`.
 
     A tied model may store its head too; it then goes along, and transformers decides as it would for the source.
+    `shapes` are those of the weights by their names in the model, where these are not the stored ones.
 
     Raises:
         InputError: a tensor is missing, has another shape, or does not belong to the family.
     """
     layers = config["num_hidden_layers"]
-    if layers > len(checkpoint.tensors):
-        raise _bad(checkpoint, f"has {len(checkpoint.tensors)} tensors, but num_hidden_layers is {layers}")
+    held = {name: ref.shape for name, ref in checkpoint.tensors.items()} if shapes is None else shapes
+    if layers > len(held):
+        raise _bad(checkpoint, f"has {len(held)} tensors, but num_hidden_layers is {layers}")
     names = []
     for name, shape in expected_tensors(family, config):
-        ref = checkpoint.tensors.get(name)
-        if ref is None:
+        found = held.get(name)
+        if found is None:
             raise _bad(checkpoint, f"lacks tensor {name!r} of shape {list(shape)}, which its config asks for")
-        if ref.shape != shape:
-            raise _bad(
-                checkpoint, f"has tensor {name!r} of shape {list(ref.shape)}, expected {list(shape)} by its config"
-            )
+        if found != shape:
+            raise _bad(checkpoint, f"has tensor {name!r} of shape {list(found)}, expected {list(shape)} by its config")
         names.append(name)
     wanted = set(names)
-    for name in checkpoint.tensors:
+    for name in held:
         if name in wanted or any(_pattern(ignored).fullmatch(name) for ignored in family.ignored):
             continue
         if name == "lm_head.weight" and not config["untied_head"]:
@@ -60,17 +66,25 @@ def check_tensors(family: DenseFamily, config: Config, checkpoint: Checkpoint) -
     return names
 
 
-def _symbols(config: Config) -> dict[str, int]:
-    head_dim = config["head_dim"]
-    return {
-        "V": config["vocab_size"],
-        "H": config["hidden_size"],
-        "F": config["intermediate_size"],
-        "2F": 2 * config["intermediate_size"],
-        "Q": config["num_attention_heads"] * head_dim,
-        "KV": config["num_key_value_heads"] * head_dim,
-        "D": head_dim,
-    }
+_SYMBOLS = {
+    "V": ("vocab_size",),
+    "H": ("hidden_size",),
+    "F": ("intermediate_size",),
+    "Q": ("num_attention_heads", "head_dim"),
+    "KV": ("num_key_value_heads", "head_dim"),
+    "D": ("head_dim",),
+}
+
+
+def resolved(shape: tuple[str, ...], config: Config) -> tuple[int, ...]:
+    """A shape in numbers: each entry is a sum of terms, each of an optional factor and a symbol or config field."""
+    return tuple(sum(_term(term, config) for term in entry.split("+")) for entry in shape)
+
+
+def _term(term: str, config: Config) -> int:
+    name = term.lstrip("0123456789")
+    fields = _SYMBOLS.get(name, (name,) if name else ())
+    return math.prod((int(term[: len(term) - len(name)] or 1), *(config[field] for field in fields)))
 
 
 def _pattern(name: str) -> re.Pattern[str]:

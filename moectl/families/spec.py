@@ -1,14 +1,15 @@
 """The words in which families are described: frozen data, read by every workflow, executed by none.
 
-Tensor names are patterns over {layer} and {expert}; shapes are products of symbols resolved from a config:
-V vocabulary, H hidden_size, F intermediate_size, Q = heads * head_dim, KV = key-value heads * head_dim, D head_dim.
+Tensor names are patterns over {layer} and {expert}; shapes are sums of symbols resolved from a config ("Q+2KV"):
+V vocabulary, H hidden_size, F intermediate_size, Q = heads * head_dim, KV = key-value heads * head_dim, D head_dim,
+E experts, a number, or the name of a config field.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from moectl.checkpoint.expressions import Copy, Expression, Slice
 
@@ -17,11 +18,15 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor, or one per layer if its name has {layer}; present when config[when] is true (or always)."""
+    """One tensor, or one per layer if its name has {layer}; present when config[when] is true (or always).
+
+    `kind` limits it to the layers config["layer_types"] calls so.
+    """
 
     name: str
     shape: tuple[str, ...]
     when: str | None = None
+    kind: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +91,9 @@ class DenseFamily:
         defaults: config values transformers assumes when config.json leaves them out.
         tensors: everything but the FFN.
         ignored: patterns of tensors old checkpoints carry and transformers drops on loading.
+        derive: fields that follow from others, such as `layer_types`, as the family's config class computes them.
+        rope_theta, partial_rotary_factor: what rotary parameters default to; None where the family rotates all of
+            a head and its config has no say in it.
     """
 
     model_type: str
@@ -94,6 +102,9 @@ class DenseFamily:
     tensors: tuple[TensorSpec, ...]
     mlp: Mlp
     ignored: tuple[str, ...] = ("model.layers.{layer}.self_attn.rotary_emb.inv_freq",)
+    derive: Callable[[Config], dict[str, Any]] = lambda _config: {}
+    rope_theta: float = 10_000.0
+    partial_rotary_factor: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,25 +112,30 @@ class SharedExpert:
     """An always-active FFN beside the routed ones.
 
     Attributes:
-        width: its config field.
+        default: what it is unless asked for: "none" where it can be left out, "silent" where it must be there but may
+            be narrow, "copy" of the dense FFN where it is as wide as an expert.
         gate_row: name of the row [1, H] whose sigmoid scales it, where the family has one.
     """
 
     mlp: Mlp
-    width: str
+    default: Literal["none", "silent", "copy"]
     gate_row: str | None = None
 
 
 @dataclass(frozen=True)
 class MoeFamily:
-    """A MoE family on disk, with one tensor per expert and matrix.
+    """A MoE family on disk.
 
     Attributes:
         router: name of the router weight [E, H].
         mlp: names of the experts' matrices: one of each per expert, or fused over all experts of a layer.
         fields: the config fields that carry num_experts, top_k, expert_width, and, where the family has them,
-            norm_topk (renormalise the chosen weights) and aux_loss (load-balancing coefficient).
+            norm_topk (renormalise the chosen weights), aux_loss (load-balancing coefficient), shared_width and
+            shared_count (shared experts, each as wide as a routed one).
+        fewest_experts: what its router needs to run.
+        biases: float32 tensors a MoE layer has for balancing its experts, zero before training.
         values: config fields with a fixed value in every checkpoint written.
+        dense_layers: the config field that lists the layers kept dense (under the dense family's names), if any.
     """
 
     model_type: str
@@ -129,6 +145,12 @@ class MoeFamily:
     fields: Mapping[str, str]
     values: Config = field(default_factory=dict)
     shared: SharedExpert | None = None
+    dense_layers: str | None = None
+    fewest_experts: int = 1
+    biases: tuple[TensorSpec, ...] = ()
+
+
+Rewrite = Callable[[Expression, Config], Expression]
 
 
 @dataclass(frozen=True)
@@ -139,6 +161,8 @@ class Pair:
         keep: fields copied by name from the dense family's normalised config: a whitelist, nothing else goes along.
         translate: further fields computed from the normalised config.
         refuse: for each reason a dense config cannot be held, a function that returns the reason or None.
+        rewrite: for a dense tensor outside the FFN that is renamed, cut or permuted, the MoE tensors it becomes;
+            every other tensor goes along as it is.
     """
 
     dense: str
@@ -146,3 +170,15 @@ class Pair:
     keep: tuple[str, ...]
     translate: Callable[[Config], dict[str, Any]] = lambda _config: {}
     refuse: tuple[Callable[[Config], str | None], ...] = ()
+    rewrite: Mapping[str, Mapping[str, Rewrite]] = field(default_factory=dict)
+
+    def rewritten(self, layers: int, config: Config) -> dict[str, dict[str, Expression]]:
+        """For each dense tensor that does not go along as it is, the MoE tensors made of it."""
+        return {
+            old.format(layer=layer): {
+                new.format(layer=layer): rewrite(Copy(old.format(layer=layer)), config)
+                for new, rewrite in parts.items()
+            }
+            for old, parts in self.rewrite.items()
+            for layer in range(layers)
+        }

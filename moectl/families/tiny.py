@@ -21,6 +21,23 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
+OWN_SIZES: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 16},
+    "ernie4_5": {"head_dim": 16},
+    "glm": {"head_dim": 16},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "lfm2": {"block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention", "conv"]},
+    "qwen3_5_text": {
+        "head_dim": 16,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    },
+}
+"""What some families need beside `SIZES`: their defaults would make a tiny model large or leave a kind of layer out."""
+
 
 def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
     """A random `AutoModelForCausalLM` of `model_type` in float32, `overrides` on top of small sizes.
@@ -31,7 +48,7 @@ def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    config = CONFIG_MAPPING[model_type](**{**SIZES, **overrides})
+    config = CONFIG_MAPPING[model_type](**{**SIZES, **OWN_SIZES.get(model_type, {}), **overrides})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from moectl.checkpoint.expressions import Concat, Expression, Stack
+from moectl.checkpoint.expressions import Concat, Expression, Literal, Stack
 from moectl.checkpoint.plan import OutputTensor, planned
 from moectl.checkpoint.source import Checkpoint
+from moectl.errors import UsageError
+from moectl.families.shapes import resolved
 from moectl.families.spec import Ffn, GatedMlp, MoeFamily
 
 
@@ -25,6 +27,20 @@ class MoeLayer:
     shared_gate: Expression | None = None
 
 
+def check_experts(moe: MoeFamily, experts: int) -> None:
+    """Refuse fewer experts than the family's router can run with.
+
+    Raises:
+        UsageError: there are fewer.
+    """
+    if experts < moe.fewest_experts:
+        raise UsageError(
+            f"--experts {experts} is too few for {moe.model_type}.",
+            f"Its router compares groups of experts by the best {moe.fewest_experts} of each.",
+            f"Give at least {moe.fewest_experts}, or choose another family with --into.",
+        )
+
+
 def emit(block: MoeLayer, moe: MoeFamily, sources: Sequence[Checkpoint], dtype: str) -> Iterator[OutputTensor]:
     """The layer's tensors under the family's names, router first, all of `dtype`."""
 
@@ -39,6 +55,9 @@ def emit(block: MoeLayer, moe: MoeFamily, sources: Sequence[Checkpoint], dtype: 
     else:
         yield tensor(moe.mlp.gate_up, Stack(tuple(Concat((expert.gate, expert.up), 0) for expert in block.experts)))
         yield tensor(moe.mlp.down, Stack(tuple(expert.down for expert in block.experts)))
+    for spec in moe.biases:
+        shape = resolved(spec.shape, {"E": len(block.experts)})
+        yield planned(spec.name.format(layer=block.layer), Literal(shape, 0.0), sources, "F32")
     if block.shared is not None:
         assert moe.shared is not None, f"{moe.model_type} has no shared expert"
         if isinstance(moe.shared.mlp, GatedMlp):

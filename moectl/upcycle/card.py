@@ -25,8 +25,9 @@ def model_card(source: Checkpoint, moe: MoeFamily, recipe: Mapping[str, Any], fa
         front += ["base_model:", f"- {name}"]
     origin = f"[{name}](https://huggingface.co/{name}) at commit `{source.commit}`" if source.commit else f"`{name}`"
     experts, top_k = recipe["experts"], recipe["top_k"]
+    origin_weights = "the dequantised weights of its source" if facts["dequantised"] else "its source"
     same = (
-        "It computes the same function as its source until it is trained further."
+        f"It computes the same function as {origin_weights} until it is trained further."
         if facts["exact"]
         else "Its experts differ from the dense FFN by noise or rounding, so it is close to its source, not equal."
     )

@@ -24,7 +24,8 @@ from moectl.checkpoint.provenance import verify_hashes
 from moectl.checkpoint.source import Checkpoint
 from moectl.checkpoint.writer import write
 from moectl.errors import InputError, MachineError, UsageError
-from moectl.upcycle.sparse import SparseRecipe, plan_sparse
+from moectl.upcycle.recipe import SparseRecipe
+from moectl.upcycle.sparse import plan_sparse
 
 RECIPE = SparseRecipe(experts=4, noise=0.01, shard_bytes=10_000)
 SMALL = SparseRecipe(experts=3, shard_bytes=10_000)

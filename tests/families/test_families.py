@@ -17,7 +17,8 @@ from moectl.families.config import normalised
 from moectl.families.registry import DENSE, MOE, PAIRS
 from moectl.families.shapes import expected_tensors
 from moectl.families.tiny import SIZES, tiny_model
-from moectl.upcycle.sparse import SparseRecipe, plan_sparse
+from moectl.upcycle.recipe import SparseRecipe
+from moectl.upcycle.sparse import plan_sparse
 
 OURS_ALONE = {"qkv_bias", "sliding_window"}
 """Defaults that say what a family always has, or never has, though its config class has no such field."""
@@ -47,7 +48,7 @@ def test_expected_tensors_are_those_of_transformers(model_type: str, options: di
 def test_moe_families_name_fields_that_exist(model_type: str) -> None:
     family = MOE[model_type]
     config = CONFIG_MAPPING[model_type](**SIZES)
-    fields = [*family.fields.values(), *family.values, *([family.shared.width] if family.shared else [])]
+    fields = [*family.fields.values(), *family.values]
     assert [name for name in fields if not hasattr(config, name)] == []
     assert config.architectures is None and CONFIG_MAPPING[model_type].model_type == model_type
 
