@@ -96,6 +96,7 @@ def test_the_library_opens_it(dense: Path, tmp_path: Path) -> None:
 
 
 def test_side_files_go_along_and_code_does_not(dense: Path, tmp_path: Path) -> None:
+    (dense / "modeling_evil.py").write_text("raise SystemExit")
     write(plan(dense), tmp_path / "moe")
     for name in ("tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "moe" / name).read_bytes() == (dense / name).read_bytes()

@@ -32,7 +32,6 @@ def dense_llama(directory: Path, **config: object) -> Path:
     checkpoint(directory, arrays, **settings)
     (directory / "tokenizer.json").write_bytes(b'{"not": "ours"}\n')
     (directory / "chat_template.jinja").write_text("{{ messages }}")
-    (directory / "modeling_evil.py").write_text("raise SystemExit")
     return directory
 
 
