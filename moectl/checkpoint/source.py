@@ -152,6 +152,8 @@ def read_json(path: Path) -> dict[str, Any]:
         if status.st_size > MAX_JSON_BYTES:
             raise _bad(path, f"is larger than {MAX_JSON_BYTES // 10**6} MB, too large for a checkpoint's JSON")
         value = parse_json(path.read_text(encoding="utf-8"))
+    except InputError:  # a ValueError too
+        raise
     except FileNotFoundError:
         raise _bad(path, "does not exist", "Give a directory that holds a Hugging Face checkpoint.") from None
     except OSError as error:

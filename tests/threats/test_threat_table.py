@@ -76,7 +76,7 @@ ROWS: dict[int, tuple[str, ...]] = {
         PLANTED,
     ),
     16: (f"{HERE}test_a_gap_between_config_and_weights_is_refused", PLANTED),
-    17: ("checkpoint/test_workers.py::test_nonfinite_weights_are_refused_by_name_even_if_only_copied",),
+    17: ("checkpoint/test_nonfinite.py::test_nonfinite_weights_are_refused_by_name_even_if_only_copied",),
     20: (f"{WRITER}test_a_failing_disk_leaves_a_resumable_partial", f"{CRASHES}test_any_effect_may_fail"),
     21: (f"{WRITER}test_not_enough_disk_is_said_before_anything_is_written",),
     22: (
