@@ -50,7 +50,13 @@ def sparse(
         bool, typer.Option("--shuffle", help="Shuffle the neurons of each copy before the cut.")
     ] = False,
     reinit: Annotated[float, typer.Option(help="Share of each expert's weights drawn anew (Qwen2-MoE).")] = 0.0,
-    router_std: Annotated[float, typer.Option(help="Standard deviation of the normal router weights.")] = 0.02,
+    router_std: Annotated[
+        float | None,
+        typer.Option(
+            help="Standard deviation of the normal router weights: 0.02 when left out, or 0 where only that is exact.",
+            show_default=False,
+        ),
+    ] = None,
     noise: Annotated[
         float, typer.Option(help="Standard deviation of normal noise added to every expert weight; 0 is exact.")
     ] = 0.0,

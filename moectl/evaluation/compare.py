@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
 from moectl.checkpoint.header import escape
 from moectl.checkpoint.source import Checkpoint
@@ -82,6 +82,8 @@ def compare(
 ) -> Comparison:
     """Compare the logits of two checkpoints that share a vocabulary, with one model in memory at a time.
 
+    An encoder-decoder gets the same ids on both sides, and is always run whole unless told otherwise.
+
     Args:
         model: the checkpoint in question.
         reference: what it should equal.
@@ -93,12 +95,16 @@ def compare(
         InputError: the vocabularies differ, or a checkpoint does not load completely, cannot take that many
             tokens, or gives logits that mean nothing.
     """
-    configs = [read_config(checkpoint).get_text_config(decoder=True) for checkpoint in (model, reference)]
+    whole = [read_config(checkpoint) for checkpoint in (model, reference)]
+    configs = [config.get_text_config(decoder=True) for config in whole]
     vocab_size = _common_vocab_size(model, reference, *configs)
     length = default_tokens(*configs) if tokens is None else tokens
     ids = torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(seed))
     if layerwise is None:
-        layerwise = max(_fp32_bytes(model), _fp32_bytes(reference)) > available_memory() // 2
+        layerwise = (
+            not any(config.is_encoder_decoder for config in whole)
+            and max(_fp32_bytes(model), _fp32_bytes(reference)) > available_memory() // 2
+        )
     run = _layerwise_logits if layerwise else _whole_logits
     expected_LV = _finite_logits(run, reference, ids)
     actual_LV = _finite_logits(run, model, ids)
@@ -158,7 +164,8 @@ def load(checkpoint: Checkpoint) -> PreTrainedModel:
         InputError: transformers cannot load it, or a key is missing, unexpected or of another shape.
     """
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        auto = AutoModelForSeq2SeqLM if read_config(checkpoint).is_encoder_decoder else AutoModelForCausalLM
+        model, info = auto.from_pretrained(
             checkpoint.path,
             dtype=torch.float32,
             output_loading_info=True,
@@ -176,7 +183,8 @@ def load(checkpoint: Checkpoint) -> PreTrainedModel:
 def _whole_logits(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
     model = load(checkpoint)
     with torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False).logits
+        decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+        logits = model(input_ids=ids, use_cache=False, **decoder).logits
     checkpoint.check_unchanged()
     return logits
 

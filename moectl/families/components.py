@@ -13,7 +13,7 @@ COMPONENTS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("router", re.compile(r"router|\bgate\.(wg\.)?(weight|bias)$|e_score_correction_bias|expert_bias")),
     ("experts", re.compile(r"experts?[._]|block_sparse_moe\.(input|output)_linear")),
     ("norms", re.compile(r"norm|\bln_\w+|layer_?norm", re.IGNORECASE)),
-    ("attention", re.compile(r"attn|attention|SelfAttention|\bconv\b|linear_attn|mamba|mixer")),
+    ("attention", re.compile(r"attn|attention|SelfAttention|EncDecAttention|\bconv\b|linear_attn|mamba|mixer")),
     ("dense FFN", re.compile(r"mlp|feed_forward|ffn|DenseReluDense|dense_h_to_4h|\bfc[12]\b")),
 )
 """Component -> pattern; the first that matches counts, `other` when none does."""

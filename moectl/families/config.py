@@ -25,6 +25,7 @@ def normalised(family: DenseFamily, config: Config) -> dict[str, Any]:
     if config.get("quantization_config"):
         raise _bad("has a quantization_config", "Give the unquantised checkpoint (bfloat16, float16 or float32).")
     result = {**family.defaults, **config}
+    result |= {ours: config.get(ours, result[theirs]) for ours, theirs in family.names.items()}
     for name in _SIZES:
         _check_size(name, result.get(name))
     check_fields(result, family.defaults)

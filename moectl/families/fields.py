@@ -12,10 +12,11 @@ from moectl.errors import InputError
 from moectl.families.spec import Config
 
 _NULLABLE = {"num_key_value_heads", "head_dim", "sliding_window", "use_cache", "block_ffn_dim_multiplier"}
-_TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id", "eod_token_id"}
-_COUNTS = {"sliding_window", "block_ff_dim", "sliding_window_pattern", "full_attention_interval"}
+_TOKENS = {"decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id", "eod_token_id"}
+_COUNTS = {"sliding_window", "block_ff_dim", "sliding_window_pattern", "full_attention_interval", "num_decoder_layers"}
 _NUMBERS = {"rope_theta", "partial_rotary_factor"}
 _FLAGS = {"attention_bias", "mlp_bias", "qkv_bias", "use_bias", "tie_word_embeddings", "tie_embedding"}
+_FLAGS |= {"scale_decoder_outputs", "is_gated_act"}
 _LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention", "conv")
 _LARGEST_COUNT = 2**31
 

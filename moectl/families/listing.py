@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moectl.families.refused import REFUSED
 from moectl.families.registry import DENSE, MOE, PAIRS
-from moectl.families.spec import GatedMlp
+from moectl.families.spec import FusedMlp
 
 
 def listing() -> list[dict[str, str]]:
@@ -17,9 +17,9 @@ def listing() -> list[dict[str, str]]:
                 "dense": pair.dense,
                 "becomes": pair.moe,
                 "architecture": f"{DENSE[pair.dense].architecture} -> {moe.architecture}",
-                "experts on disk": "one tensor each" if isinstance(moe.mlp, GatedMlp) else "fused",
+                "experts on disk": "fused" if isinstance(moe.mlp, FusedMlp) else "one tensor each",
                 "shared expert": "yes" if moe.shared else "no",
-                "dense layers": "any" if moe.dense_layers else "none",
+                "dense layers": "any" if moe.dense_layers else "every second" if moe.encoder else "none",
             }
         )
     return rows

@@ -18,12 +18,6 @@ REFUSED: dict[tuple[str, str], str] = {
     ("llama", "deepseek_v3"): _MLA,
     ("olmo2", "olmoe"): "olmo2 has norms after attention and FFN, olmoe before them",
     ("olmo3", "olmoe"): "olmo3 has norms after attention and FFN, olmoe before them",
-    # Measured on tiny random models: a plain copy is off by 1.3 of the largest logit; a zero router with wo times the
-    # number of experts is exact (5e-6) while expert_capacity holds the whole sequence, and off by 1.2 beyond it.
-    ("t5", "switch_transformers"): (
-        "its router's weights do not sum to 1 and tokens beyond an expert's capacity are dropped, so only a router of "
-        "zeros with scaled experts is the same function, and moectl does not write encoder-decoders"
-    ),
     ("qwen3", "hunyuan_v1_moe"): "qwen3 norms q and k before they are rotated, hunyuan_v1_moe after",
 }
 """(dense model_type, MoE model_type or ANY) -> why they do not compute the same."""

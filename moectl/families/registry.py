@@ -16,6 +16,7 @@ from moectl.families import (
     qwen2_moe,
     qwen3_5_moe,
     qwen3_moe,
+    switch,
 )
 from moectl.families.cohere2 import COHERE2
 from moectl.families.ernie4_5 import ERNIE4_5
@@ -30,6 +31,7 @@ from moectl.families.qwen3 import QWEN3
 from moectl.families.qwen3_5 import QWEN3_5
 from moectl.families.refused import REFUSED, reason_against
 from moectl.families.spec import DenseFamily, MoeFamily, Pair
+from moectl.families.t5 import T5
 
 __all__ = ["DENSE", "MOE", "PAIRS", "REFUSED", "find_pair"]
 
@@ -50,6 +52,7 @@ DENSE: dict[str, DenseFamily] = {
         GLM,
         hunyuan.HUNYUAN_V1_DENSE,
         lfm2.LFM2,
+        T5,
     )
 }
 MOE: dict[str, MoeFamily] = {
@@ -70,6 +73,7 @@ MOE: dict[str, MoeFamily] = {
         glm4_moe.DOTS1,
         hunyuan.HUNYUAN_V1_MOE,
         lfm2.LFM2_MOE,
+        switch.SWITCH_TRANSFORMERS,
     )
 }
 PAIRS: tuple[Pair, ...] = (
@@ -84,6 +88,7 @@ PAIRS: tuple[Pair, ...] = (
     *glm4_moe.PAIRS,
     *hunyuan.PAIRS,
     *lfm2.PAIRS,
+    *switch.PAIRS,
 )
 """A dense family's first pair is the one taken when none is asked for."""
 

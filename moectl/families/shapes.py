@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -14,15 +15,17 @@ from moectl.families.spec import Config, DenseFamily
 
 def expected_tensors(family: DenseFamily, config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every tensor a normalised config asks for, in the order a model has them."""
-    present = [spec for spec in (*family.tensors, *family.mlp.tensors) if spec.when is None or config[spec.when]]
+    present = [spec for spec in (*family.tensors, *family.mlp_tensors) if spec.when is None or config[spec.when]]
     shapes = {spec: resolved(spec.shape, config) for spec in present}
     whole = [spec for spec in present if "{layer}" not in spec.name]
     for spec in whole[:1]:
         yield spec.name, shapes[spec]
-    for layer in range(config["num_hidden_layers"]):
-        for spec in present:
-            if "{layer}" in spec.name and (spec.kind is None or spec.kind == config["layer_types"][layer]):
-                yield spec.name.format(layer=layer), shapes[spec]
+    layered = [spec for spec in present if "{layer}" in spec.name]
+    for count in dict.fromkeys(spec.layers for spec in layered):
+        for layer in range(config[count]):
+            for spec in layered:
+                if spec.layers == count and (spec.kind is None or spec.kind == config["layer_types"][layer]):
+                    yield spec.name.format(layer=layer), shapes[spec]
     for spec in whole[1:]:
         yield spec.name, shapes[spec]
 
@@ -46,7 +49,8 @@ def check_tensors(
     if layers > len(held):
         raise _bad(checkpoint, f"has {len(held)} tensors, but num_hidden_layers is {layers}")
     names = []
-    for name, shape in expected_tensors(family, config):
+    optional = ((spec.name, resolved(spec.shape, config)) for spec in family.optional if spec.name in held)
+    for name, shape in itertools.chain(expected_tensors(family, config), optional):
         found = held.get(name)
         if found is None:
             raise _bad(checkpoint, f"lacks tensor {name!r} of shape {list(shape)}, which its config asks for")

@@ -20,13 +20,14 @@ Config = Mapping[str, Any]
 class TensorSpec:
     """One tensor, or one per layer if its name has {layer}; present when config[when] is true (or always).
 
-    `kind` limits it to the layers config["layer_types"] calls so.
+    `kind` limits it to the layers config["layer_types"] calls so; `layers` is the config field that counts its layers.
     """
 
     name: str
     shape: tuple[str, ...]
     when: str | None = None
     kind: str | None = None
+    layers: str = "num_hidden_layers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +84,31 @@ class FusedMlp:
 Mlp = GatedMlp | FusedMlp
 
 
+@dataclass(frozen=True, slots=True)
+class PlainMlp:
+    """Names of an FFN without a gate, `down(act(up(x)))`, in a stack of config[layers] layers."""
+
+    up: str
+    down: str
+    layers: str
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """The tensors of a dense layer's FFN."""
+        return (
+            TensorSpec(self.up, ("F", "H"), layers=self.layers),
+            TensorSpec(self.down, ("H", "F"), layers=self.layers),
+        )
+
+
 @dataclass(frozen=True)
 class DenseFamily:
-    """A dense decoder family on disk.
+    """A dense family on disk: a decoder, or an encoder-decoder if it has an `encoder_mlp`.
 
     Attributes:
+        names: for families with other words for sizes, `hidden_size` and its like -> the field of their config.
+        mlp, encoder_mlp: the FFN, and that of the encoder's layers.
+        optional: tensors that need not be there, and go along where they are.
         defaults: config values transformers assumes when config.json leaves them out.
         tensors: everything but the FFN.
         ignored: patterns of tensors old checkpoints carry and transformers drops on loading.
@@ -100,11 +121,19 @@ class DenseFamily:
     architecture: str
     defaults: Config
     tensors: tuple[TensorSpec, ...]
-    mlp: Mlp
+    mlp: Mlp | PlainMlp
     ignored: tuple[str, ...] = ("model.layers.{layer}.self_attn.rotary_emb.inv_freq",)
     derive: Callable[[Config], dict[str, Any]] = lambda _config: {}
     rope_theta: float = 10_000.0
     partial_rotary_factor: float | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+    encoder_mlp: PlainMlp | None = None
+    optional: tuple[TensorSpec, ...] = ()
+
+    @property
+    def mlp_tensors(self) -> tuple[TensorSpec, ...]:
+        """The tensors of the FFNs of all its stacks."""
+        return (*(self.encoder_mlp.tensors if self.encoder_mlp else ()), *self.mlp.tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,18 +165,23 @@ class MoeFamily:
         biases: float32 tensors a MoE layer has for balancing its experts, zero before training.
         values: config fields with a fixed value in every checkpoint written.
         dense_layers: the config field that lists the layers kept dense (under the dense family's names), if any.
+        router_std: what router rows are drawn with unless told otherwise: 0 where only equal scores are exact, since
+            chosen weights are not renormalised.
+        encoder: router and experts of the encoder's layers, in an encoder-decoder.
     """
 
     model_type: str
     architecture: str
     router: str
-    mlp: Mlp
+    mlp: Mlp | PlainMlp
     fields: Mapping[str, str]
     values: Config = field(default_factory=dict)
     shared: SharedExpert | None = None
     dense_layers: str | None = None
     fewest_experts: int = 1
     biases: tuple[TensorSpec, ...] = ()
+    router_std: float = 0.02
+    encoder: tuple[str, PlainMlp] | None = None
 
 
 Rewrite = Callable[[Expression, Config], Expression]

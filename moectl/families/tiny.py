@@ -27,6 +27,7 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "glm": {"head_dim": 16},
     "hunyuan_v1_dense": {"head_dim": 16},
     "lfm2": {"block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention", "conv"]},
+    "t5": {"d_ff": 96, "d_kv": 16, "num_decoder_layers": 2, "relative_attention_num_buckets": 8, "pad_token_id": 0},
     "qwen3_5_text": {
         "head_dim": 16,
         "linear_key_head_dim": 16,
@@ -40,17 +41,19 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
 
 
 def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
-    """A random `AutoModelForCausalLM` of `model_type` in float32, `overrides` on top of small sizes.
+    """A random language model of `model_type` in float32, `overrides` on top of small sizes.
+
+    It is an `AutoModelForCausalLM`, or `AutoModelForSeq2SeqLM` where the config says so.
 
     Raises:
         KeyError: transformers does not know the model_type.
     """
     import torch
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     config = CONFIG_MAPPING[model_type](**{**SIZES, **OWN_SIZES.get(model_type, {}), **overrides})
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
+    model = (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:

@@ -10,7 +10,7 @@ from moectl.checkpoint.plan import OutputTensor, planned
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import UsageError
 from moectl.families.shapes import resolved
-from moectl.families.spec import Ffn, GatedMlp, MoeFamily
+from moectl.families.spec import Ffn, GatedMlp, MoeFamily, PlainMlp
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,7 @@ def emit(block: MoeLayer, moe: MoeFamily, sources: Sequence[Checkpoint], dtype: 
     def tensor(pattern: str, expression: Expression, **place: int) -> OutputTensor:
         return planned(pattern.format(layer=block.layer, **place), expression, sources, dtype)
 
+    assert not isinstance(moe.mlp, PlainMlp)
     yield tensor(moe.router, block.router)
     if isinstance(moe.mlp, GatedMlp):
         for number, expert in enumerate(block.experts):

@@ -16,10 +16,18 @@ EQUIVALENCE_END = "<!-- moectl verify: end -->"
 _LICENCE_LINES = re.compile(r"^(license|license_name|license_link|language):[ \t]*\S.*$", re.MULTILINE)
 
 
-def model_card(source: Checkpoint, moe: MoeFamily, recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    """The text of README.md, with front matter for the Hub and a place for `moectl verify --write-card`."""
+def model_card(
+    source: Checkpoint, moe: MoeFamily, recipe: Mapping[str, Any], facts: Mapping[str, Any], notes: str = ""
+) -> str:
+    """The text of README.md, with front matter for the Hub and a place for `moectl verify --write-card`.
+
+    `notes` says how far a result that is not exact is off, and what else its user has to know.
+    """
     name = escape(source.name)
-    front = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [moe, upcycling, moectl]"]
+    pipeline, auto = ("text-generation", "AutoModelForCausalLM")
+    if moe.encoder is not None:
+        pipeline, auto = ("text2text-generation", "AutoModelForSeq2SeqLM")
+    front = ["library_name: transformers", f"pipeline_tag: {pipeline}", "tags: [moe, upcycling, moectl]"]
     front += _inherited(source)
     if source.commit:
         front += ["base_model:", f"- {name}"]
@@ -41,6 +49,7 @@ def model_card(source: Checkpoint, moe: MoeFamily, recipe: Mapping[str, Any], fa
         f"A Mixture-of-Experts of {experts} experts per layer, {top_k} active per token, made from {origin} by sparse",
         "upcycling ([arXiv 2212.05055](https://arxiv.org/abs/2212.05055)): every expert is a copy of the dense FFN.",
         same,
+        *([notes] if notes else []),
         "",
         "| | source | this model |",
         "|---|---|---|",
@@ -48,9 +57,9 @@ def model_card(source: Checkpoint, moe: MoeFamily, recipe: Mapping[str, Any], fa
         f"| active per token | {facts['source_parameters']:,} | {facts['active_parameters']:,} |",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM",
+        f"from transformers import {auto}",
         "",
-        "model = AutoModelForCausalLM.from_pretrained(path)",
+        f"model = {auto}.from_pretrained(path)",
         "```",
         "",
         "Training it further needs `output_router_logits=True` for the load-balancing loss to count",

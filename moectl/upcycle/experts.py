@@ -36,6 +36,7 @@ def routed_experts(ffn: Ffn, width: int, recipe: SparseRecipe, key: str, scale: 
 
 def router_rows(hidden_size: int, recipe: SparseRecipe, key: str) -> Expression:
     """The router [E, H]: one normal row per copy of the FFN, the same for all its parts, so that they go together."""
+    assert recipe.router_std is not None, "the plan fills in the family's own"
     rows = Init((recipe.copies, hidden_size), recipe.router_std, f"{key}.router")
     if recipe.granularity == 1:
         return rows

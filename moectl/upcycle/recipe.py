@@ -32,7 +32,8 @@ class SparseRecipe:
         drop: share of each expert's neurons drawn anew (Drop-Upcycling, arXiv 2502.19261).
         shuffle: give each copy its own order of neurons before it is cut (Qwen2-57B-A14B, arXiv 2407.10671).
         reinit: share of each expert's weights drawn anew, one by one (the same).
-        router_std: standard deviation of the normal router rows (flaxformer's and Mixtral's 0.02 by default).
+        router_std: standard deviation of the normal router rows; None is the family's own: flaxformer's and Mixtral's
+            0.02, or 0 where nothing else is exact.
         noise: standard deviation of the normal noise added to every expert weight, in the weights' own units.
         aux_loss_coef: load-balancing coefficient written into the config for continued training.
         dtype: "auto" keeps every tensor's own, else bfloat16, float16 or float32.
@@ -51,7 +52,7 @@ class SparseRecipe:
     drop: float = 0.0
     shuffle: bool = False
     reinit: float = 0.0
-    router_std: float = 0.02
+    router_std: float | None = None
     noise: float = 0.0
     aux_loss_coef: float = 0.01
     dtype: str = "auto"
@@ -110,7 +111,7 @@ class SparseRecipe:
                 "Give one of the two.",
             )
         for name, value, largest in (
-            ("--router-std", self.router_std, math.inf),
+            ("--router-std", 0.0 if self.router_std is None else self.router_std, math.inf),
             ("--noise", self.noise, math.inf),
             ("--aux-loss-coef", self.aux_loss_coef, math.inf),
             ("--drop", self.drop, 1.0),

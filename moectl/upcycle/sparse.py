@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from moectl.checkpoint.dtypes import FLOATS, TORCH_NAMES
@@ -20,12 +20,13 @@ from moectl.families import config as configs
 from moectl.families.quantised import Weights, weights_of
 from moectl.families.registry import DENSE, MOE, find_pair
 from moectl.families.shapes import check_tensors
-from moectl.families.spec import DenseFamily, Ffn, MoeFamily, Pair
+from moectl.families.spec import DenseFamily, Ffn, MoeFamily, Pair, PlainMlp
 from moectl.upcycle.block import MoeLayer, check_experts, emit
 from moectl.upcycle.card import model_card
 from moectl.upcycle.experts import routed_experts, router_rows
 from moectl.upcycle.recipe import SparseRecipe, chosen_layers
 from moectl.upcycle.shared import Kind, check_width, shared_expert, shared_kind, shared_width
+from moectl.upcycle.switch import plan_switch
 
 
 def plan_sparse(source: Checkpoint, recipe: SparseRecipe) -> Plan:
@@ -38,6 +39,10 @@ def plan_sparse(source: Checkpoint, recipe: SparseRecipe) -> Plan:
     recipe.check()
     pair = find_pair(source.model_type, recipe.into)
     dense, moe = DENSE[pair.dense], MOE[pair.moe]
+    if recipe.router_std is None:
+        recipe = replace(recipe, router_std=moe.router_std)
+    if moe.encoder is not None:
+        return plan_switch(source, pair, dense, moe, recipe)
     weights = weights_of(source)
     config = configs.normalised(dense, weights.config)
     names = check_tensors(dense, config, source, weights.shapes)
@@ -88,6 +93,7 @@ def _tensors(
 ) -> Iterator[OutputTensor]:
     """Every tensor in the order the model has them; the first of a layer's FFN stands for the whole of it."""
     dense, moe = DENSE[pair.dense], MOE[pair.moe]
+    assert not isinstance(dense.mlp, PlainMlp)
     cast = TORCH_NAMES.get(recipe.dtype)
     first, *others = (spec.name for spec in dense.mlp.tensors)
     layer_of = {first.format(layer=layer): layer for layer in moe_layers}

@@ -20,7 +20,7 @@ from moectl.families.tiny import SIZES, tiny_model
 from moectl.upcycle.recipe import SparseRecipe
 from moectl.upcycle.sparse import plan_sparse
 
-OURS_ALONE = {"qkv_bias", "sliding_window"}
+OURS_ALONE = {"qkv_bias", "sliding_window", "tie_word_embeddings"}
 """Defaults that say what a family always has, or never has, though its config class has no such field."""
 
 
@@ -41,6 +41,7 @@ def test_expected_tensors_are_those_of_transformers(model_type: str, options: di
     config = normalised(DENSE[model_type], model.config.to_dict())
     found = dict(expected_tensors(DENSE[model_type], config))
     head = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    head |= {spec.name for spec in DENSE[model_type].optional}
     assert found == {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in head}
 
 
@@ -150,6 +151,8 @@ def test_impossible_recipes_are_usage_errors(recipe: dict[str, Any], message: st
         ("model.layers.0.self_attn.q_norm.weight", "norms"),
         ("model.layers.0.self_attn.q_proj.bias", "attention"),
         ("model.embed_tokens.weight", "embedding"),
+        ("decoder.block.1.layer.1.EncDecAttention.q.weight", "attention"),
+        ("decoder.block.1.layer.2.mlp.experts.expert_3.wi.weight", "experts"),
         ("lm_head.weight", "head"),
         ("something.else", "other"),
     ],
