@@ -25,7 +25,7 @@ def quickstart(
     Needs nothing: the text comes with Python. Takes about a minute and a half on two cores.
     """
     # By default OpenMP threads spin for milliseconds while they wait. Beside another busy process that made a training
-    # step take 1.0 s instead of 0.3 s, and up to 6 s beside a second one of this kind; a short spin costs nothing alone.
+    # step take 1.0 s instead of 0.3 s, up to 6 s beside a second one of this kind; a short spin costs nothing alone.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
     from dataclasses import asdict
