@@ -133,26 +133,29 @@ def until_it_succeeds(case: Case, interrupted: Callable[[int], bool]) -> int:
     return n - 1
 
 
-def report(request: pytest.FixtureRequest, moments: int) -> None:
+Record = Callable[[str, object], None]
+
+
+def report(record_property: Record, moments: int) -> None:
     assert moments > 40
-    print(f"\n{request.node.name}: {moments} moments")
+    record_property("moments of a crash tried", moments)
 
 
 @pytest.mark.parametrize("case", ["fresh", "overwrite", "last worker"], indirect=True)
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["ENOSPC", "EIO"])
-def test_any_effect_may_fail(case: Case, code: int, request: pytest.FixtureRequest) -> None:
+def test_any_effect_may_fail(case: Case, code: int, record_property: Record) -> None:
     def fails(n: int) -> bool:
         fs = Failing(n, code)
         with suppress(MachineError):
             case.run(fs)
         return fs.done >= n
 
-    report(request, until_it_succeeds(case, fails))
+    report(record_property, until_it_succeeds(case, fails))
 
 
 @pytest.mark.parametrize("torn", [False, True], ids=["before", "torn"])
-def test_the_process_may_be_killed_at_any_effect(case: Case, torn: bool, request: pytest.FixtureRequest) -> None:
-    report(request, until_it_succeeds(case, lambda n: killed(lambda: case.run(Killed(n, torn)))))
+def test_the_process_may_be_killed_at_any_effect(case: Case, torn: bool, record_property: Record) -> None:
+    report(record_property, until_it_succeeds(case, lambda n: killed(lambda: case.run(Killed(n, torn)))))
 
 
 @pytest.mark.parametrize(
@@ -161,7 +164,7 @@ def test_the_process_may_be_killed_at_any_effect(case: Case, torn: bool, request
     + [(case, "mixed") for case in CASES],
     indirect=["case"],
 )
-def test_the_power_may_go_at_any_effect(case: Case, how: str, request: pytest.FixtureRequest) -> None:
+def test_the_power_may_go_at_any_effect(case: Case, how: str, record_property: Record) -> None:
     choose = random.Random(0)
 
     def loses_power(n: int) -> bool:
@@ -172,7 +175,7 @@ def test_the_power_may_go_at_any_effect(case: Case, how: str, request: pytest.Fi
             fs.settle(how, choose)
         return fs.off
 
-    report(request, until_it_succeeds(case, loses_power))
+    report(record_property, until_it_succeeds(case, loses_power))
 
 
 def test_the_output_survives_power_loss_once_the_command_has_ended(case: Case) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
@@ -38,7 +38,9 @@ def directory() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("kind", GENERATORS)
-def test_it_works_or_is_refused_by_name(kind: str, directory: Path) -> None:
+def test_it_works_or_is_refused_by_name(
+    kind: str, directory: Path, record_property: Callable[[str, object], None]
+) -> None:
     counts = {"drawn": 0, "refused": 0}
 
     @settings(
@@ -56,6 +58,7 @@ def test_it_works_or_is_refused_by_name(kind: str, directory: Path) -> None:
         counts["refused"] += outcome.error is not None
 
     holds()
+    record_property("fuzz inputs", counts["drawn"])
     assert counts["refused"] > counts["drawn"] // 20, f"the generator draws too little that is wrong: {counts}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,14 @@ def upcycled(dense: Path, out: Path, **recipe: Any) -> Path:
 
 
 @pytest.mark.parametrize(("dense_type", "moe_type", "overrides"), CASES)
-def test_moe_equals_dense(dense_type: str, moe_type: str, overrides: dict[str, Any], tmp_path: Path) -> None:
+def test_moe_equals_dense(
+    dense_type: str,
+    moe_type: str,
+    overrides: dict[str, Any],
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    record_property("pair", f"{dense_type} -> {moe_type}")
     dense = tiny_model(dense_type, **{**ALWAYS.get(dense_type, {}), **deepcopy(overrides)})
     dense.save_pretrained(tmp_path / "dense")
     model = reload(upcycled(tmp_path / "dense", tmp_path / "moe", into=moe_type, shard_bytes=200_000))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,10 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("recipe", [{}, {"experts": 6, "shard_bytes": 200_000}], ids=["4 experts", "6 in shards"])
-def test_switch_equals_t5(case: str, recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_switch_equals_t5(
+    case: str, recipe: dict[str, Any], tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    record_property("pair", "t5 -> switch_transformers")
     dense = reload(dense_t5(tmp_path / "dense", **CASES[case]))
     out = upcycled(tmp_path / "dense", tmp_path / "moe", **recipe)
     model = reload(out)
