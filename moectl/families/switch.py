@@ -15,8 +15,8 @@ CAPACITY = 1 << 20
 """Tokens of a sequence an expert takes before it drops the rest, written as expert_capacity.
 
 A router of zeros sends every token to expert 0, so it has to hold the longest sequence, for which T5's relative
-positions set no limit. transformers only compares with it: a large one costs no memory. Its own default of 64 is off
-by 1 of the largest logit on 65 tokens.
+positions set no limit. transformers only compares with it: a large one costs no memory. Its own default of 64 drops
+what comes after: measured on 160 tokens, logits off by half of the largest.
 """
 
 
