@@ -115,8 +115,8 @@ def _report_bug() -> None:
     _complain(
         [
             "This is a bug in moectl, not in what you gave it.",
-            "Please report it with the lines above and the command:",
-            "https://github.com/moectl/moectl/issues",
+            "The lines above say where it happened.",
+            "Please report it to the project's issue tracker with those lines and the command.",
         ]
     )
 
