@@ -35,6 +35,7 @@ def normalised(family: DenseFamily, config: Config) -> dict[str, Any]:
     result["head_dim"] = result.get("head_dim") or hidden // heads
     _check_size("head_dim", result["head_dim"])
     result["dtype"] = config.get("dtype") or config.get("torch_dtype")
+    result.pop("rope_scaling", None)  # null in many a config.json
     result |= _rope(config, family)
     result |= family.derive(result)
     result["untied_head"] = not result["tie_word_embeddings"]

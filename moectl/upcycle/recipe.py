@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 from moectl.checkpoint.dtypes import TORCH_NAMES
@@ -117,7 +118,7 @@ class SparseRecipe:
             ("--drop", self.drop, 1.0),
             ("--reinit", self.reinit, 1.0),
         ):
-            if not (0 <= value <= largest and value < math.inf):
+            if not (0 <= value <= min(largest, sys.float_info.max)):  # an int can be larger
                 upper = "" if math.isinf(largest) else f" and at most {largest:g}"
                 raise UsageError(
                     f"{name} {shown(value)} is not a finite number of at least 0{upper}.", "", "Give another value."

@@ -13,6 +13,7 @@ from typing import Any
 
 from moectl.checkpoint.dtypes import FLOATS, TORCH_NAMES
 from moectl.checkpoint.expressions import Copy, Expression, Init, Literal, Noise, Scale, substituted
+from moectl.checkpoint.header import shown
 from moectl.checkpoint.plan import OutputTensor, Plan, planned
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError, UsageError
@@ -173,7 +174,7 @@ def _count_sparse(recipe: SparseRecipe, moe: MoeFamily, layers: int) -> int:
         )
     if recipe.layers not in ("all", "every:2"):
         raise UsageError(
-            f"--layers {recipe.layers!r} is not possible with {moe.model_type}.",
+            f"--layers {shown(recipe.layers)!r} is not possible with {moe.model_type}.",
             "Its config states a step for each stack, and no list of layers.",
             "Give all or every:2.",
         )

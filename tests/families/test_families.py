@@ -171,3 +171,10 @@ def test_inspection_counts_what_transformers_counts(tmp_path: Path) -> None:
     assert found.parameters == sum(p.numel() for p in model.parameters())
     assert found.active_parameters == found.parameters - experts * 3 // 4
     assert experts_and_top_k({"text_config": {"n_routed_experts": 6, "num_experts_per_tok": 2}}) == (6, 2)
+
+
+@pytest.mark.parametrize("into", [pair.moe for pair in PAIRS if pair.dense == "llama"])
+def test_a_rope_scaling_of_null_is_none(into: str, tmp_path: Path) -> None:
+    """Most configs on the Hub say so."""
+    plan = plan_sparse(Checkpoint.open(dense_llama(tmp_path / "m", rope_scaling=None)), SparseRecipe(into=into))
+    assert "rope_scaling" not in plan.config

@@ -104,3 +104,12 @@ def test_what_the_property_would_catch(directory: Path, monkeypatch: pytest.Monk
     planted(lambda *_: bytearray(2 * 10**8))
     with pytest.raises(AssertionError, match="bytes"):
         check(case, directory, measure_memory=True)
+
+
+FOUND_BY_LONG_RUNS = ("11.recipe.5757", "12.config.81622", "12.config.218542", "11.recipe.69034", "11.recipe.323437")
+
+
+@pytest.mark.parametrize("name", FOUND_BY_LONG_RUNS)
+def test_what_the_long_runs_found_stays_mended(name: str, directory: Path) -> None:
+    """Inputs of benchmarks/fuzz.py that once ended in a traceback or an endless message."""
+    check(GENERATORS[name.split(".")[1]](Random(name)), directory, measure_memory=False)
