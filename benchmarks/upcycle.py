@@ -178,7 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=4, help="the first one warms up and is not counted")
     parser.add_argument("--mergekit", type=Path, help="virtual environment with mergekit 0.1.5")
-    parser.add_argument("--dir", type=Path, default=Path("benchmarks/work"), help="scratch directory")
+    parser.add_argument("--dir", type=Path, default=Path("benchmarks/scratch"), help="scratch directory")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/upcycle.json"))
     options = parser.parse_args()
     shutil.rmtree(options.dir, ignore_errors=True)

@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--shard-bytes", type=int, default=16_000_000, help="small, so that the shares are equal")
-    parser.add_argument("--dir", type=Path, default=Path("benchmarks/work"), help="scratch directory")
+    parser.add_argument("--dir", type=Path, default=Path("benchmarks/scratch"), help="scratch directory")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/workers.json"))
     options = parser.parse_args()
     shutil.rmtree(options.dir, ignore_errors=True)
