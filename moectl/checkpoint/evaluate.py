@@ -37,11 +37,11 @@ from moectl.checkpoint.expressions import (
     leaves,
     shape_of,
 )
-from moectl.checkpoint.header import escape
 from moectl.checkpoint.plan import OutputTensor
 from moectl.checkpoint.randomness import normal, permutation, uniform
 from moectl.checkpoint.source import Checkpoint, changed
 from moectl.errors import InputError
+from moectl.text import escape
 
 CHUNK_ELEMENTS = 1 << 20
 Rows = tuple[int, int]

@@ -19,6 +19,7 @@ from typing import Any
 
 from moectl.checkpoint.dtypes import ITEM_BYTES
 from moectl.errors import InputError
+from moectl.text import escape, shown
 
 MAX_HEADER_BYTES = 32_000_000
 """Room for 200,000 tensors. The format allows 100 MB, of which hostile JSON makes gigabytes when it is parsed."""
@@ -39,17 +40,6 @@ class TensorRef:
     file: Path
     offset: int
     nbytes: int
-
-
-def escape(text: str) -> str:
-    """`text` with control characters made visible, so that a hostile name cannot drive a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
-def shown(value: object, limit: int = 120) -> str:
-    """`value` for a message: on one line, printable, not longer than a line or two."""
-    text = value if isinstance(value, str) else repr(value)
-    return escape(text if len(text) <= limit else text[:limit] + "...")
 
 
 def parse_json(text: str, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:

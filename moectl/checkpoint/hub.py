@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moectl.checkpoint.header import escape
 from moectl.errors import InputError, MachineError, UsageError
+from moectl.text import escape
 
 
 def check_repo_id(repo_id: str) -> None:

@@ -26,10 +26,10 @@ from typing import Any
 from moectl.checkpoint.expressions import Extent
 from moectl.checkpoint.fs import FileSystem
 from moectl.checkpoint.hashing import Examined, Hasher
-from moectl.checkpoint.header import escape
 from moectl.checkpoint.plan import Plan, Shard
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError, UsageError
+from moectl.text import escape
 
 
 def partial_of(out: Path) -> Path:

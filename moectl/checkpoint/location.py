@@ -11,8 +11,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from moectl.checkpoint.header import escape
 from moectl.errors import InputError, MachineError, MoectlError, UsageError
+from moectl.text import escape
 
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
 _TOKEN = re.compile(r"hf_\w{8,}")

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from moectl.checkpoint.expressions import Extent, leaves
 from moectl.checkpoint.hashing import Hasher
-from moectl.checkpoint.header import escape
 from moectl.checkpoint.plan import OutputTensor, Plan
 from moectl.errors import InputError
+from moectl.text import escape
 
 _SHOWN = 8
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from moectl.checkpoint.expressions import Extent
 from moectl.checkpoint.hashing import Hasher
-from moectl.checkpoint.header import escape, shown
 from moectl.checkpoint.plan import PROVENANCE, Plan, source_identity
 from moectl.checkpoint.source import Checkpoint, is_plain_name, read_json
 from moectl.errors import InputError
+from moectl.text import escape, shown
 
 SCHEMA = "moectl.provenance/1"
 

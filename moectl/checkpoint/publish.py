@@ -17,11 +17,11 @@ from pathlib import Path
 
 from moectl.checkpoint.fs import FileSystem, free_bytes
 from moectl.checkpoint.hashing import Hasher
-from moectl.checkpoint.header import escape
 from moectl.checkpoint.journal import Journal, partial_of, put
 from moectl.checkpoint.plan import PROVENANCE, Plan
 from moectl.checkpoint.provenance import fingerprint_of, provenance_text, sha256_file
 from moectl.errors import InputError, MachineError, UsageError
+from moectl.text import escape
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 _OVERTAKEN = {errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST}

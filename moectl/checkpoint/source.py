@@ -14,9 +14,10 @@ from functools import cached_property
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from moectl.checkpoint.header import TensorRef, escape, parse_json, read_header, shown
+from moectl.checkpoint.header import TensorRef, parse_json, read_header
 from moectl.checkpoint.location import Location, resolve
 from moectl.errors import InputError
+from moectl.text import escape, shown
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from moectl.checkpoint.header import escape
 from moectl.checkpoint.plan import Shard
 from moectl.errors import UsageError
+from moectl.text import escape
 
 
 @dataclass(frozen=True, slots=True)

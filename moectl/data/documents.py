@@ -14,11 +14,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
-from moectl.checkpoint.header import escape
 from moectl.data.builtin import BUILTIN
 from moectl.data.files import READERS, read_directory
 from moectl.data.hub import read_hub
 from moectl.errors import InputError
+from moectl.text import escape
 
 Split = Literal["train", "heldout", "all"]
 

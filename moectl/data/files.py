@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from moectl.checkpoint.header import escape
 from moectl.errors import InputError, MachineError
+from moectl.text import escape
 
 _BATCH_ROWS = 256
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moectl.checkpoint.header import escape
 from moectl.errors import InputError, MachineError
+from moectl.text import escape
 
 
 def read_hub(dataset: str, split: str) -> Iterator[str]:

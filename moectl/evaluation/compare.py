@@ -7,22 +7,21 @@ window makes the windows count too. Shapes: L tokens, R of them at a time, V voc
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
-from moectl.checkpoint.header import escape
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError
+from moectl.evaluation.memory import available_memory
 from moectl.layerwise.model import LayerwiseModel
 from moectl.layerwise.quiet import quiet
 from moectl.layerwise.skeleton import read_config, unusable
+from moectl.text import escape
 
 MIN_TOKENS = 64
 WINDOWS = ("sliding_window", "attention_chunk_size")
@@ -124,16 +123,6 @@ def default_tokens(*configs: PreTrainedConfig) -> int:
     positions = [getattr(config, "max_position_embeddings", None) or math.inf for config in configs]
     wanted = max(MIN_TOKENS, 16 * math.ceil((max(windows) + 16) / 16))
     return int(min(wanted, *positions))
-
-
-def available_memory() -> int:
-    """Bytes that can be allocated without swapping: Linux's own estimate, elsewhere all physical memory."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _common_vocab_size(

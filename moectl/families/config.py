@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moectl.checkpoint.header import shown
 from moectl.errors import InputError
 from moectl.families.fields import check_fields, check_json
 from moectl.families.spec import Config, DenseFamily, MoeFamily, Pair
+from moectl.text import shown
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _LARGEST = {"vocab_size": 2**32, "num_hidden_layers": 100_000}

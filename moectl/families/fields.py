@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from moectl.checkpoint.header import shown
 from moectl.errors import InputError
 from moectl.families.spec import Config
+from moectl.text import shown
 
 _NULLABLE = {"num_key_value_heads", "head_dim", "sliding_window", "use_cache", "block_ffn_dim_multiplier"}
 _TOKENS = {"decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id", "eod_token_id"}

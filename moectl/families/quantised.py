@@ -13,10 +13,11 @@ from typing import Any
 
 from moectl.checkpoint.dtypes import TORCH_NAMES
 from moectl.checkpoint.expressions import Copy, Dequantise, Expression, Shape
-from moectl.checkpoint.header import TensorRef, escape, shown
+from moectl.checkpoint.header import TensorRef
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError
 from moectl.families.spec import Config
+from moectl.text import escape, shown
 
 _FIELD = "quantization_config"
 _UNQUANTISED = "Give the unquantised checkpoint (bfloat16, float16 or float32)."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from moectl.checkpoint.header import shown
 from moectl.errors import InputError, UsageError
 from moectl.families import (
     cohere2_moe,
@@ -32,6 +31,7 @@ from moectl.families.qwen3_5 import QWEN3_5
 from moectl.families.refused import REFUSED, reason_against
 from moectl.families.spec import DenseFamily, MoeFamily, Pair
 from moectl.families.t5 import T5
+from moectl.text import shown
 
 __all__ = ["DENSE", "MOE", "PAIRS", "REFUSED", "find_pair"]
 

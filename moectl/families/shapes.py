@@ -7,10 +7,10 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
-from moectl.checkpoint.header import escape
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError
 from moectl.families.spec import Config, DenseFamily
+from moectl.text import escape
 
 
 def expected_tensors(family: DenseFamily, config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -26,11 +26,11 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from moectl.checkpoint.header import escape
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError
 from moectl.layerwise.quiet import quiet
 from moectl.layerwise.tensors import OnDisk, on_meta
+from moectl.text import escape
 
 
 class WeightLoader:

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from moectl.checkpoint.header import escape
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError
 from moectl.layerwise.quiet import quiet
+from moectl.text import escape
 
 
 def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:

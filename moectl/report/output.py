@@ -16,16 +16,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moectl.checkpoint.header import escape
 from moectl.errors import UsageError
+from moectl.text import escape
 
 Cell = str | int | float | None
 
 
 def emit_json(schema: str, document: dict[str, Any]) -> None:
     """Print one JSON document; numbers that JSON cannot hold (NaN, infinities) become null."""
-    text = json.dumps({"schema": schema, **_finite(document)}, indent=2, default=str, allow_nan=False)
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(json_text(schema, document))
+
+
+def json_text(schema: str, document: dict[str, Any]) -> str:
+    """What `emit_json` prints, for a file."""
+    return json.dumps({"schema": schema, **_finite(document)}, indent=2, default=str, allow_nan=False) + "\n"
 
 
 def emit_path(path: Path) -> None:

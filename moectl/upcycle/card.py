@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from moectl.checkpoint.header import escape
 from moectl.checkpoint.source import Checkpoint
 from moectl.families.spec import MoeFamily
+from moectl.text import escape
 
 EQUIVALENCE_START = "<!-- moectl verify: start -->"
 EQUIVALENCE_END = "<!-- moectl verify: end -->"

@@ -7,9 +7,9 @@ import sys
 from dataclasses import dataclass
 
 from moectl.checkpoint.dtypes import TORCH_NAMES
-from moectl.checkpoint.header import shown
 from moectl.checkpoint.plan import DEFAULT_SHARD_BYTES
 from moectl.errors import UsageError
+from moectl.text import shown
 
 MAX_EXPERTS = 4096
 """Per layer; the most in a published checkpoint is 512."""

@@ -6,9 +6,8 @@ the router says: sum_j w_j FFN(x) = FFN(x). `noise` gives that up for diversity.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from moectl.checkpoint.dtypes import FLOATS, TORCH_NAMES
@@ -20,10 +19,10 @@ from moectl.families import config as configs
 from moectl.families.quantised import Weights, weights_of
 from moectl.families.registry import DENSE, MOE, find_pair
 from moectl.families.shapes import check_tensors
-from moectl.families.spec import DenseFamily, Ffn, MoeFamily, Pair, PlainMlp
+from moectl.families.spec import Ffn, MoeFamily, Pair, PlainMlp
 from moectl.upcycle.block import MoeLayer, check_experts, emit
-from moectl.upcycle.card import model_card
 from moectl.upcycle.experts import routed_experts, router_rows
+from moectl.upcycle.planning import finished_plan
 from moectl.upcycle.recipe import SparseRecipe, chosen_layers
 from moectl.upcycle.shared import Kind, check_width, shared_expert, shared_kind, shared_width
 from moectl.upcycle.switch import plan_switch
@@ -66,18 +65,16 @@ def plan_sparse(source: Checkpoint, recipe: SparseRecipe) -> Plan:
     dtype = None if recipe.dtype == "auto" else recipe.dtype
     moe_config = configs.translated(pair, config, moe, fields, dtype)
     tensors = tuple(_tensors(source, weights, pair, shared, names, config, recipe, moe_layers))
-    normal_recipe = {"method": "sparse", **asdict(recipe), "into": moe.model_type}
-    facts = _facts(source, weights, dense, moe, tensors, recipe, len(moe_layers) * 3 * config["hidden_size"] * width)
-    card = model_card(source, moe, normal_recipe, facts)
-    return Plan(
-        sources=(source,),
-        tensors=tensors,
-        recipe=normal_recipe,
-        config=moe_config,
-        seed=recipe.seed,
-        shard_bytes=recipe.shard_bytes,
-        files={"README.md": card},
-        facts=facts,
+    return finished_plan(
+        source,
+        weights,
+        dense,
+        moe,
+        recipe,
+        moe_config,
+        tensors,
+        per_expert=len(moe_layers) * 3 * config["hidden_size"] * width,
+        exact=recipe.keeps_function and (recipe.dtype == "auto" or weights.scheme is not None),
     )
 
 
@@ -141,30 +138,3 @@ def _check_dense_layers(moe: MoeFamily, dense_layers: list[int]) -> None:
             "All its layers are MoE layers.",
             f"Leave --layers out, or choose a family that can with --into: {able}.",
         )
-
-
-def _facts(
-    source: Checkpoint,
-    weights: Weights,
-    dense: DenseFamily,
-    moe: MoeFamily,
-    tensors: tuple[OutputTensor, ...],
-    recipe: SparseRecipe,
-    per_expert: int,
-) -> dict[str, Any]:
-    """What to report; `per_expert` counts the parameters of one routed expert over all layers.
-
-    A quantised source stands for the model its weights dequantise to: `exact` is then up to one rounding of those to
-    the output's dtype, whichever it is.
-    """
-    total = sum(math.prod(tensor.shape) for tensor in tensors)
-    return {
-        "family": moe.model_type,
-        "source_family": dense.model_type,
-        "source_parameters": sum(math.prod(shape) for shape in weights.shapes.values()),
-        "source_bytes": source.nbytes,
-        "parameters": total,
-        "active_parameters": total - (recipe.experts - recipe.top_k) * per_expert,
-        "dequantised": weights.scheme,
-        "exact": recipe.keeps_function and (recipe.dtype == "auto" or weights.scheme is not None),
-    }

@@ -6,14 +6,11 @@ is the dense function; with a random router p_e is the largest of E probabilitie
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 from moectl.checkpoint.dtypes import FLOATS, TORCH_NAMES
 from moectl.checkpoint.expressions import Copy, Expression, Init, Literal, Noise, Scale, substituted
-from moectl.checkpoint.header import shown
 from moectl.checkpoint.plan import OutputTensor, Plan, planned
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError, UsageError
@@ -21,7 +18,8 @@ from moectl.families import config as configs
 from moectl.families.quantised import Weights, weights_of
 from moectl.families.shapes import check_tensors
 from moectl.families.spec import DenseFamily, MoeFamily, Pair, PlainMlp
-from moectl.upcycle.card import model_card
+from moectl.text import shown
+from moectl.upcycle.planning import finished_plan
 from moectl.upcycle.recipe import SparseRecipe, chosen_layers
 
 _EMBEDDINGS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
@@ -59,28 +57,17 @@ def plan_switch(source: Checkpoint, pair: Pair, dense: DenseFamily, moe: MoeFami
     moe_config = configs.translated(pair, config, moe, fields, None if recipe.dtype == "auto" else recipe.dtype)
     names = check_tensors(dense, config, source, weights.shapes)
     tensors = tuple(_tensors(source, weights, stacks, names, config, recipe))
-    normal_recipe = {"method": "sparse", **asdict(recipe), "into": moe.model_type}
-    per_expert = (encoder + decoder) * 2 * config["hidden_size"] * config["intermediate_size"]
-    total = sum(math.prod(tensor.shape) for tensor in tensors)
-    facts = {
-        "family": moe.model_type,
-        "source_family": dense.model_type,
-        "source_parameters": sum(math.prod(shape) for shape in weights.shapes.values()),
-        "source_bytes": source.nbytes,
-        "parameters": total,
-        "active_parameters": total - (recipe.experts - 1) * per_expert,
-        "dequantised": weights.scheme,
-        "exact": _is_exact(recipe, weights, names),
-    }
-    return Plan(
-        sources=(source,),
-        tensors=tensors,
-        recipe=normal_recipe,
-        config=moe_config,
-        seed=recipe.seed,
-        shard_bytes=recipe.shard_bytes,
-        files={"README.md": model_card(source, moe, normal_recipe, facts, _notes(recipe, moe))},
-        facts=facts,
+    return finished_plan(
+        source,
+        weights,
+        dense,
+        moe,
+        recipe,
+        moe_config,
+        tensors,
+        per_expert=(encoder + decoder) * 2 * config["hidden_size"] * config["intermediate_size"],
+        exact=_is_exact(recipe, weights, names),
+        notes=_notes(recipe, moe),
     )
 
 

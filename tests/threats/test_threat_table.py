@@ -1,7 +1,7 @@
 """Every threat that a reader and writer of other people's checkpoints meets, and the tests that hold its answer.
 
-`ROWS` is the table: what goes wrong, and where it is tested. The tests of this file are those that had no better
-place, and the planted ones: they take a check away and show that the bad input would then pass.
+`threat_rows.ROWS` is the table: what goes wrong, and where it is tested. The tests of this file are those that had
+no better place, and the planted ones: they take a check away and show that the bad input would then pass.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from files import checkpoint, random_array, safetensors_bytes, with_header
+from files import checkpoint, random_array, safetensors_bytes
+from hostile_files import MONSTERS, bad_file
+from hub_fakes import SECRET, hub_failures
+from threat_rows import ROWS
 from trees import CONFIG, dense_llama
 
 from moectl.checkpoint import header, source
@@ -29,7 +32,7 @@ from moectl.checkpoint.header import read_header
 from moectl.checkpoint.plan import source_identity
 from moectl.checkpoint.source import INDEX, SINGLE, Checkpoint
 from moectl.checkpoint.writer import write
-from moectl.errors import InputError, MachineError, MoectlError, UsageError
+from moectl.errors import InputError, UsageError
 from moectl.evaluation.inspect import inspect
 from moectl.families import config as configs
 from moectl.families import fields
@@ -40,84 +43,6 @@ from moectl.upcycle.recipe import SparseRecipe
 from moectl.upcycle.sparse import plan_sparse
 
 TESTS = Path(__file__).parent.parent
-HEADER = "checkpoint/test_header.py::test_refused_by_name"
-SOURCE = "checkpoint/test_source.py::"
-WRITER = "checkpoint/test_writer.py::"
-CRASHES = "checkpoint/test_crashes.py::"
-CONTRACT = "cli/test_contract.py::"
-HERE = "threats/test_threat_table.py::"
-FUZZ = "threats/test_fuzz.py::test_it_works_or_is_refused_by_name"
-PLANTED = f"{HERE}test_without_its_check_it_would_pass"
-
-ROWS: dict[int, tuple[str, ...]] = {
-    1: (HEADER, f"{HERE}test_a_cut_shard_is_named_with_both_sizes", PLANTED),
-    2: (HEADER, PLANTED),
-    3: (HEADER, f"{HERE}test_monstrous_headers_are_refused_quickly_in_little_memory", FUZZ),
-    4: (HEADER, PLANTED),
-    5: (HEADER, PLANTED),
-    6: (HEADER, PLANTED),
-    7: (f"{SOURCE}test_tensor_in_two_shards",),
-    8: (f"{SOURCE}test_index_never_leads_outside", f"{HERE}test_provenance_never_leads_outside", PLANTED),
-    9: (f"{SOURCE}test_index_must_match_the_shards",),
-    10: (f"{SOURCE}test_index_must_match_the_shards", f"{SOURCE}test_broken_json_names_the_file", FUZZ),
-    11: (f"{SOURCE}test_index_must_match_the_shards", f"{SOURCE}test_tensor_that_the_index_does_not_list", PLANTED),
-    12: (f"{SOURCE}test_wrong_total_size_is_only_a_warning",),
-    13: (
-        f"{SOURCE}test_pickles_are_never_opened",
-        f"{SOURCE}test_distributed_checkpoint_is_refused",
-        f"{HERE}test_a_pickle_does_not_run_under_any_name",
-    ),
-    14: (f"{HERE}test_code_in_a_checkpoint_is_said_and_neither_run_nor_copied",),
-    15: (
-        f"{HERE}test_absurd_numbers_are_refused_before_anything_is_made",
-        f"{HERE}test_more_active_experts_than_there_are_is_no_count",
-        f"{HERE}test_recipes_of_absurd_sizes_are_refused",
-        FUZZ,
-        PLANTED,
-    ),
-    16: (f"{HERE}test_a_gap_between_config_and_weights_is_refused", PLANTED),
-    17: ("checkpoint/test_nonfinite.py::test_nonfinite_weights_are_refused_by_name_even_if_only_copied",),
-    20: (f"{WRITER}test_a_failing_disk_leaves_a_resumable_partial", f"{CRASHES}test_any_effect_may_fail"),
-    21: (f"{WRITER}test_not_enough_disk_is_said_before_anything_is_written",),
-    22: (
-        f"{WRITER}test_killed_at_random_moments_it_resumes_to_the_same_bytes",
-        f"{CRASHES}test_the_process_may_be_killed_at_any_effect",
-        f"{CRASHES}test_the_power_may_go_at_any_effect",
-    ),
-    23: (
-        f"{CONTRACT}test_an_interruption_says_how_to_go_on",
-        "cli/test_pipelines.py::test_a_signal_in_the_middle_is_resumed",
-    ),
-    24: (f"{WRITER}test_a_partial_of_another_plan_is_refused", f"{WRITER}test_a_source_that_changed_since_is_refused"),
-    25: (f"{WRITER}test_a_finished_shard_that_rotted_is_written_again",),
-    26: (f"{WRITER}test_existing_outputs_are_kept_unless_told", f"{WRITER}test_output_and_source_never_overlap"),
-    27: (
-        "checkpoint/test_workers.py::test_processes_that_do_the_same_at_once_do_no_harm",
-        "checkpoint/test_workers.py::test_of_two_plans_that_begin_at_once_one_is_refused",
-    ),
-    28: (
-        f"{SOURCE}test_a_source_that_changes_is_noticed",
-        f"{HERE}test_a_file_cut_in_mid_run_is_an_error_and_no_signal",
-    ),
-    29: (f"{HERE}test_memory_does_not_grow_with_the_number_of_shards",),
-    31: (f"{WRITER}test_modes_follow_the_umask", f"{WRITER}test_killed_at_random_moments_it_resumes_to_the_same_bytes"),
-    32: (
-        f"{CONTRACT}test_a_hostile_name_in_an_error_is_escaped",
-        f"{CONTRACT}test_a_hostile_path_is_escaped",
-        f"{CONTRACT}test_a_table_in_a_pipe_has_one_line_per_row",
-        f"{HERE}test_hostile_names_stay_on_their_line",
-    ),
-    33: (
-        f"{CONTRACT}test_a_reader_that_left_ends_it_quietly_with_141",
-        f"{CONTRACT}test_head_ends_a_long_report_quietly_with_141",
-    ),
-    34: (f"{CONTRACT}test_nan_weights_are_null_in_json", f"{CONTRACT}test_json_has_no_nan"),
-    35: (
-        f"{CONTRACT}test_a_hub_model_without_a_network_exits_4",
-        f"{HERE}test_what_the_hub_says_is_said_without_the_token",
-    ),
-    37: (f"{HERE}test_a_branch_that_moves_is_resolved_once",),
-}
 
 
 def functions(path: Path) -> set[str]:
@@ -150,19 +75,6 @@ def test_a_cut_shard_is_named_with_both_sizes(shard: str, left: Callable[[int], 
         Checkpoint.open(path)
     assert shard in caught.value.what and str(left(size)) in caught.value.what
     assert left(size) < size // 2 or str(size) in caught.value.what
-
-
-MONSTERS: dict[str, Callable[[], bytes]] = {
-    "90 MB of padding": lambda: with_header(b"{}" + b" " * 90_000_000),
-    "30 MB of padding": lambda: with_header(b"{}" + b" " * 30_000_000, b"x"),
-    "objects 100,000 deep": lambda: with_header(b'{"a":' * 100_000 + b"1" + b"}" * 100_000),
-    "lists 10,000,000 deep": lambda: with_header(b'{"a":' + b"[" * 10_000_000 + b"]" * 10_000_000 + b"}"),
-    "10,000,000 empty lists": lambda: with_header(b'{"a":[' + b"[]," * 10_000_000 + b"1]}"),
-    "10,000,000 empty objects": lambda: with_header(b'{"a":[' + b"{}," * 10_000_000 + b"1]}"),
-    "a number of 1,000,000 digits": lambda: with_header(b'{"a":' + b"9" * 1_000_000 + b"}"),
-    "a name of 1,000,000 characters": lambda: with_header(b'{"' + b"a" * 1_000_000 + b'":1}'),
-    "a length of 2^64 - 1": lambda: b"\xff" * 8 + b"{}",
-}
 
 
 @pytest.mark.parametrize("kind", MONSTERS)
@@ -334,27 +246,6 @@ def test_a_gap_between_config_and_weights_is_refused(tmp_path: Path) -> None:
 # ---- the checks, taken away ---------------------------------------------------------------------------------
 
 
-def bad_file(kind: str, tmp_path: Path) -> Path:
-    """A checkpoint with one fault."""
-    path = checkpoint(tmp_path / "m", {"a": random_array((2,)), "b": random_array((2,))})
-    whole = (path / SINGLE).read_bytes()
-    entry = b'{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
-    content = {
-        "cut": whole[:-4],
-        "trailing": whole + b"\0" * 4,
-        "overlap": with_header(b'{"a":' + entry + b',"b":' + entry + b"}", b"\0" * 8),
-        "duplicate": with_header(b'{"a":' + entry + b',"a":' + entry + b"}", b"\0" * 8),
-    }
-    (path / SINGLE).write_bytes(content.get(kind, whole))
-    if kind == "outside":
-        (tmp_path / "x.safetensors").write_bytes(whole)
-        weight_map = dict.fromkeys("ab", str(tmp_path / "x.safetensors"))
-        (path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    if kind == "unlisted":
-        (path / INDEX).write_text(json.dumps({"weight_map": {"a": SINGLE}}))
-    return path
-
-
 @pytest.mark.parametrize(
     ("kind", "module", "check"),
     [
@@ -485,30 +376,6 @@ def test_hostile_names_stay_on_their_line(tmp_path: Path) -> None:
 
 
 # ---- the Hub (35, 37) ---------------------------------------------------------------------------------------
-
-SECRET = "hf_" + "S3cr3t" * 5
-
-
-def hub_failures() -> dict[str, tuple[Exception, type[MoectlError]]]:
-    from huggingface_hub import errors
-
-    httpx = sys.modules[errors.HTTPError.__module__.split(".")[0]]  # httpx or httpx2
-
-    def answer(status: int, kind: type[errors.HfHubHTTPError]) -> errors.HfHubHTTPError:
-        request = httpx.Request("GET", "https://huggingface.co/x", headers={"authorization": f"Bearer {SECRET}"})
-        text = f"{status} Client Error for Bearer {SECRET}\nmore \x1b[31mlines"
-        return kind(text, response=httpx.Response(status, request=request))
-
-    return {
-        "offline": (errors.LocalEntryNotFoundError("Cannot find it; outgoing traffic is disabled."), MachineError),
-        "gated": (answer(403, errors.GatedRepoError), InputError),
-        "no such repository": (answer(404, errors.RepositoryNotFoundError), InputError),
-        "no such revision": (answer(404, errors.RevisionNotFoundError), InputError),
-        "too many requests": (answer(429, errors.HfHubHTTPError), MachineError),
-        "server": (answer(500, errors.HfHubHTTPError), MachineError),
-        "reset": (httpx.ReadTimeout(f"timed out with {SECRET}"), MachineError),
-        "no connection": (ConnectionError("[Errno 101] Network is unreachable"), MachineError),
-    }
 
 
 @pytest.mark.parametrize("kind", hub_failures())

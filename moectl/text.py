@@ -1,0 +1,17 @@
+"""Words that are safe to print: names and values out of files, made visible and short.
+
+Whatever a checkpoint, a data file or the Hub says may hold control characters or be megabytes long.
+"""
+
+from __future__ import annotations
+
+
+def escape(text: str) -> str:
+    """`text` with control characters made visible, so that a hostile name cannot drive a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def shown(value: object, limit: int = 120) -> str:
+    """`value` for a message: on one line, printable, not longer than a line or two."""
+    text = value if isinstance(value, str) else repr(value)
+    return escape(text if len(text) <= limit else text[:limit] + "...")

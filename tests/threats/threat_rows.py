@@ -1,0 +1,82 @@
+"""Which tests hold the answer to which threat: `file::function`, below tests/, by the threat's number."""
+
+from __future__ import annotations
+
+HEADER = "checkpoint/test_header.py::test_refused_by_name"
+SOURCE = "checkpoint/test_source.py::"
+WRITER = "checkpoint/test_writer.py::"
+CRASHES = "checkpoint/test_crashes.py::"
+CONTRACT = "cli/test_contract.py::"
+HERE = "threats/test_threat_table.py::"
+FUZZ = "threats/test_fuzz.py::test_it_works_or_is_refused_by_name"
+PLANTED = f"{HERE}test_without_its_check_it_would_pass"
+
+ROWS: dict[int, tuple[str, ...]] = {
+    1: (HEADER, f"{HERE}test_a_cut_shard_is_named_with_both_sizes", PLANTED),
+    2: (HEADER, PLANTED),
+    3: (HEADER, f"{HERE}test_monstrous_headers_are_refused_quickly_in_little_memory", FUZZ),
+    4: (HEADER, PLANTED),
+    5: (HEADER, PLANTED),
+    6: (HEADER, PLANTED),
+    7: (f"{SOURCE}test_tensor_in_two_shards",),
+    8: (f"{SOURCE}test_index_never_leads_outside", f"{HERE}test_provenance_never_leads_outside", PLANTED),
+    9: (f"{SOURCE}test_index_must_match_the_shards",),
+    10: (f"{SOURCE}test_index_must_match_the_shards", f"{SOURCE}test_broken_json_names_the_file", FUZZ),
+    11: (f"{SOURCE}test_index_must_match_the_shards", f"{SOURCE}test_tensor_that_the_index_does_not_list", PLANTED),
+    12: (f"{SOURCE}test_wrong_total_size_is_only_a_warning",),
+    13: (
+        f"{SOURCE}test_pickles_are_never_opened",
+        f"{SOURCE}test_distributed_checkpoint_is_refused",
+        f"{HERE}test_a_pickle_does_not_run_under_any_name",
+    ),
+    14: (f"{HERE}test_code_in_a_checkpoint_is_said_and_neither_run_nor_copied",),
+    15: (
+        f"{HERE}test_absurd_numbers_are_refused_before_anything_is_made",
+        f"{HERE}test_more_active_experts_than_there_are_is_no_count",
+        f"{HERE}test_recipes_of_absurd_sizes_are_refused",
+        FUZZ,
+        PLANTED,
+    ),
+    16: (f"{HERE}test_a_gap_between_config_and_weights_is_refused", PLANTED),
+    17: ("checkpoint/test_nonfinite.py::test_nonfinite_weights_are_refused_by_name_even_if_only_copied",),
+    20: (f"{WRITER}test_a_failing_disk_leaves_a_resumable_partial", f"{CRASHES}test_any_effect_may_fail"),
+    21: (f"{WRITER}test_not_enough_disk_is_said_before_anything_is_written",),
+    22: (
+        f"{WRITER}test_killed_at_random_moments_it_resumes_to_the_same_bytes",
+        f"{CRASHES}test_the_process_may_be_killed_at_any_effect",
+        f"{CRASHES}test_the_power_may_go_at_any_effect",
+    ),
+    23: (
+        f"{CONTRACT}test_an_interruption_says_how_to_go_on",
+        "cli/test_pipelines.py::test_a_signal_in_the_middle_is_resumed",
+    ),
+    24: (f"{WRITER}test_a_partial_of_another_plan_is_refused", f"{WRITER}test_a_source_that_changed_since_is_refused"),
+    25: (f"{WRITER}test_a_finished_shard_that_rotted_is_written_again",),
+    26: (f"{WRITER}test_existing_outputs_are_kept_unless_told", f"{WRITER}test_output_and_source_never_overlap"),
+    27: (
+        "checkpoint/test_workers.py::test_processes_that_do_the_same_at_once_do_no_harm",
+        "checkpoint/test_workers.py::test_of_two_plans_that_begin_at_once_one_is_refused",
+    ),
+    28: (
+        f"{SOURCE}test_a_source_that_changes_is_noticed",
+        f"{HERE}test_a_file_cut_in_mid_run_is_an_error_and_no_signal",
+    ),
+    29: (f"{HERE}test_memory_does_not_grow_with_the_number_of_shards",),
+    31: (f"{WRITER}test_modes_follow_the_umask", f"{WRITER}test_killed_at_random_moments_it_resumes_to_the_same_bytes"),
+    32: (
+        f"{CONTRACT}test_a_hostile_name_in_an_error_is_escaped",
+        f"{CONTRACT}test_a_hostile_path_is_escaped",
+        f"{CONTRACT}test_a_table_in_a_pipe_has_one_line_per_row",
+        f"{HERE}test_hostile_names_stay_on_their_line",
+    ),
+    33: (
+        f"{CONTRACT}test_a_reader_that_left_ends_it_quietly_with_141",
+        f"{CONTRACT}test_head_ends_a_long_report_quietly_with_141",
+    ),
+    34: (f"{CONTRACT}test_nan_weights_are_null_in_json", f"{CONTRACT}test_json_has_no_nan"),
+    35: (
+        f"{CONTRACT}test_a_hub_model_without_a_network_exits_4",
+        f"{HERE}test_what_the_hub_says_is_said_without_the_token",
+    ),
+    37: (f"{HERE}test_a_branch_that_moves_is_resolved_once",),
+}
