@@ -4,8 +4,8 @@ With h the up-projection of one row, split into gate g and up u, every gated exp
 
     a = f(min(g, limit)) * (clamp(u, -limit, limit) + offset)
 
-with f one of KINDS: SwiGLU and GeGLU (arXiv 2002.05202), the clamped ones of gpt-oss (limit 7, alpha 1.702, offset 1) and
-of DeepSeek-V4 (limit 10). Without a gate a = f(h): ReLU squared (arXiv 2109.08668) and the plain ones.
+with f one of KINDS: SwiGLU and GeGLU (arXiv 2002.05202), and the clamped ones of gpt-oss (limit 7, alpha 1.702,
+offset 1) and of DeepSeek-V4 (limit 10). Without a gate a = f(h): ReLU squared (arXiv 2109.08668) and the plain ones.
 """
 
 from __future__ import annotations
@@ -74,6 +74,38 @@ class Activation:
             case "relu2":
                 return functional.relu(z).square()
         return z
+
+    def backward(self, h_SG: Tensor, da_SF: Tensor, interleaved: bool = False) -> Tensor:
+        """The gradient to h from the one to the activation, for where autograd is not at work; [..., F] -> [..., G]."""
+        if not self.gated:
+            return da_SF * self.slope(h_SG)
+        gate, up = (h_SG[..., ::2], h_SG[..., 1::2]) if interleaved else h_SG.chunk(2, dim=-1)
+        low_gate, low_up = gate, up
+        if self.limit is not None:
+            low_gate, low_up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        dgate = da_SF * (low_up + self.offset) * self.slope(low_gate)
+        dup = da_SF * self.function(low_gate)
+        if self.limit is not None:
+            dgate = dgate.masked_fill(gate > self.limit, 0.0)
+            dup = dup.masked_fill(up.abs() > self.limit, 0.0)
+        return torch.stack((dgate, dup), -1).flatten(-2) if interleaved else torch.cat((dgate, dup), -1)
+
+    def slope(self, z: Tensor) -> Tensor:
+        """The derivative of f."""
+        one = torch.ones_like(z)
+        match self.kind:
+            case "silu":
+                s = torch.sigmoid(self.alpha * z)
+                return s * (1 + self.alpha * z * (1 - s))
+            case "gelu":
+                return torch.ops.aten.gelu_backward(one, z)
+            case "gelu_tanh":
+                return torch.ops.aten.gelu_backward(one, z, approximate="tanh")
+            case "relu":
+                return (z > 0).to(z.dtype)
+            case "relu2":
+                return 2 * functional.relu(z)
+        return one
 
 
 SWIGLU = Activation()

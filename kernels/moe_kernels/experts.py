@@ -1,6 +1,12 @@
 """`expert_mlp`: the expert layer, on whatever device its tensors are, with gradients.
 
-Legend: T tokens, D hidden_size, F expert width, G rows of the up-projection (2F with a gate), E experts, K top-k, S = T*K.
+A known activation takes the fused path: one call forward and one backward. Any other function, or a norm on the
+experts'
+outputs, takes the composed one: grouped product, function, grouped product, norm, combine, each differentiable.
+Under torch.compile the calls are opaque operators, so nothing of them is traced and nothing breaks the graph.
+
+Legend: T tokens, D hidden_size, F expert width, G rows of the up-projection (2F with a gate), E experts, K top-k,
+S = T*K routed rows.
 """
 
 from __future__ import annotations
@@ -11,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_kernels import cpu
+from moe_kernels import cpu, target
 from moe_kernels.activations import SWIGLU, Activation
+from moe_kernels.dispatch import SMALLEST_BLOCK, Dispatch
+from moe_kernels.grouped import composed
 
 
 def expert_mlp(
@@ -29,35 +37,167 @@ def expert_mlp(
     transposed: bool = False,
     post_norm: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """y_t = sum_k weight_tk * down_e a(gate_up_e x_t) with e = index_tk; arguments as `reference.expert_mlp` has them."""
+    """y_t = sum_k weight_tk * down_e a(gate_up_e x_t + b_e) with e = index_tk (arXiv 2401.04088, section 2.1).
+
+    Differentiable in everything that is floating. Sums are in float32 (float64 for float64) and rounded once; the
+    same input gives the same bits on every run.
+
+    Args:
+        x_TD: tokens [T, D]; computed with in the type of the matrices.
+        gate_up: up-projections [E, G, D], gate rows first; `interleaved`: gate and up rows alternate.
+        down: down-projections [E, D, F].
+        index_TK: chosen experts [T, K], integers; an id outside 0..E-1 is another rank's and adds nothing, also to
+            gradients.
+        weight_TK: what each choice counts for [T, K], in any floating type.
+        activation: an Activation, or any function from [n, G] to [n, F] (it sees rows as they are stored).
+        gate_up_bias, down_bias: [E, G] and [E, D], or None.
+        transposed: the matrices are [E, D, G] and [E, F, D].
+        post_norm: applied to the experts' output rows [n, D] before they are weighted.
+
+    Returns:
+        [T, D] in the type of `x_TD`.
+
+    Raises:
+        ImportError: the tensors are on a GPU and Triton is not installed.
+    """
     if transposed:
         gate_up, down = gate_up.mT, down.mT
-    out = Experts.apply(
-        x_TD.to(gate_up.dtype), gate_up, down, index_TK, weight_TK, gate_up_bias, down_bias, activation, interleaved
+    x = x_TD.to(gate_up.dtype)
+    if not isinstance(activation, Activation) or post_norm is not None:
+        return composed(
+            x, gate_up, down, index_TK, weight_TK, activation, gate_up_bias, down_bias, interleaved, post_norm
+        ).to(x_TD.dtype)  # fmt: skip
+    given = (x, gate_up, down, index_TK, weight_TK, gate_up_bias, down_bias)
+    said = (activation.kind, activation.gated, activation.limit, activation.alpha, activation.offset, interleaved)
+    learning = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given)
+    if torch.compiler.is_compiling():
+        y = _operator(*given, *said, learning)[0]
+    elif learning:
+        y = _Experts.apply(*given, *said, True)[0]
+    else:
+        y = implementation(x).forward(*given, activation, interleaved, False)[0]
+    return y.to(x_TD.dtype)
+
+
+def implementation(x: Tensor) -> Any:
+    """The module whose `forward` and `backward` serve this tensor's device."""
+    if target.uses_triton(x):
+        from moe_kernels.gpu import experts
+
+        return experts
+    return cpu
+
+
+def forward(
+    x_TD: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    kind: str,
+    gated: bool,
+    limit: float | None,
+    alpha: float,
+    offset: float,
+    interleaved: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, and for the backward pass h and the tensors of the dispatch (all empty without `save`)."""
+    activation = Activation(kind, gated, limit, alpha, offset)
+    y, h, plan = implementation(x_TD).forward(
+        x_TD, gate_up, down, index_TK, weight_TK, gate_up_bias, down_bias, activation, interleaved, save
     )
-    return out.to(x_TD.dtype)
+    if not save:
+        none = index_TK.new_empty(0, dtype=torch.int32)
+        return (y, y.new_empty(0, 0), none, none.clone(), none.clone(), none.new_empty(0, 2), none.clone())
+    return y, h, plan.offsets, plan.row, plan.inverse, plan.schedule, plan.n_blocks
 
 
-class Experts(torch.autograd.Function):
-    """The fused layer: saves x and the up-projection, and recomputes the rest (arXiv 2512.14080)."""
+def backward(
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    h_SG: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weight_TK: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    offsets: Tensor,
+    row: Tensor,
+    inverse: Tensor,
+    schedule: Tensor,
+    n_blocks: Tensor,
+    kind: str,
+    gated: bool,
+    limit: float | None,
+    alpha: float,
+    offset: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients to x, gate_up, down, the routing weights and the biases (empty where there is none)."""
+    from moe_kernels.grouped import block_of
 
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        """Run the layer; keep h only where a gradient will be asked for."""
-        x, gate_up, down, index, weight, gate_up_bias, down_bias, activation, interleaved = inputs
-        y, h, plan = cpu.forward(
-            x, gate_up, down, index, weight, gate_up_bias, down_bias, activation, interleaved, any(ctx.needs_input_grad)
-        )
-        ctx.save_for_backward(x, h, gate_up, down, weight, gate_up_bias, down_bias)
-        ctx.rest = plan, activation, interleaved
-        return y
+    plan = Dispatch(offsets, row, inverse, schedule, n_blocks, weight_TK.shape[1], block_of(x_TD, row, offsets))
+    activation = Activation(kind, gated, limit, alpha, offset)
+    *gradients, dgate_up_bias, ddown_bias = implementation(x_TD).backward(
+        dy_TD, x_TD, h_SG, gate_up, down, weight_TK, gate_up_bias, down_bias, plan, activation, interleaved
+    )
+    none = x_TD.new_empty(0)
+    biases = (none if dgate_up_bias is None else dgate_up_bias, none.clone() if ddown_bias is None else ddown_bias)
+    return (*gradients, *biases)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        """Gradients to x, both matrices, the routing weights and the biases."""
-        x, h, gate_up, down, weight, gate_up_bias, down_bias = ctx.saved_tensors
-        plan, activation, interleaved = ctx.rest
-        dx, dgate_up, ddown, dweight, dgate_up_bias, ddown_bias = cpu.backward(
-            gradients[0], x, h, gate_up, down, weight, gate_up_bias, down_bias, plan, activation, interleaved
-        )
-        return dx, dgate_up, ddown, None, dweight, dgate_up_bias, ddown_bias, None, None
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, gate_up, down, _, weight, gate_up_bias, down_bias, *said, _ = inputs
+    ctx.save_for_backward(x, gate_up, down, weight, gate_up_bias, down_bias, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.said = said
+
+
+def _gradients(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    x, gate_up, down, weight, gate_up_bias, down_bias, h, *plan = ctx.saved_tensors
+    dx, dgate_up, ddown, dweight, dgate_up_bias, ddown_bias = _backward_operator(
+        upstream[0].contiguous(), x, h, gate_up, down, weight, gate_up_bias, down_bias, *plan, *ctx.said
+    )
+    biases = (None if gate_up_bias is None else dgate_up_bias, None if down_bias is None else ddown_bias)
+    return (dx, dgate_up, ddown, None, dweight, *biases, *(None,) * (len(ctx.said) + 1))
+
+
+class _Experts(torch.autograd.Function):
+    """The fused path in eager mode, where an operator's own autograd would cost as much as a small kernel."""
+
+    forward = staticmethod(forward)
+    setup_context = staticmethod(_keep)
+    backward = staticmethod(_gradients)
+
+
+_operator = torch.library.custom_op("moe_kernels::experts", forward, mutates_args=())
+_operator.register_autograd(_gradients, setup_context=_keep)
+_backward_operator = torch.library.custom_op("moe_kernels::experts_backward", backward, mutates_args=())
+
+
+@_operator.register_fake
+def _(x_TD: Tensor, gate_up: Tensor, down: Tensor, index_TK: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    rows, experts = (index_TK.numel(), len(gate_up)) if rest[-1] else (0, -1)
+
+    def integers(*shape: Any) -> Tensor:
+        return index_TK.new_empty(shape, dtype=torch.int32)
+
+    h = x_TD.new_empty(rows, gate_up.shape[1] if rest[-1] else 0)
+    lines = (experts + rows // SMALLEST_BLOCK, 1) if rest[-1] and target.uses_triton(x_TD) else (0, 0)
+    plan = integers(experts + 1), integers(rows), integers(rows), integers(lines[0], 2), integers(lines[1])
+    return (x_TD.new_empty(x_TD.shape), h, *plan)
+
+
+@_backward_operator.register_fake
+def _(
+    dy_TD: Tensor, x_TD: Tensor, h_SG: Tensor, gate_up: Tensor, down: Tensor, weight_TK: Tensor,
+    gate_up_bias: Tensor | None, down_bias: Tensor | None, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    same = torch.empty_like
+    none = x_TD.new_empty(0)
+    contiguous = [same(x, memory_format=torch.contiguous_format) for x in (x_TD, weight_TK)]
+    biases = [none.clone() if bias is None else same(bias) for bias in (gate_up_bias, down_bias)]
+    return (contiguous[0], same(gate_up), same(down), contiguous[1], *biases)

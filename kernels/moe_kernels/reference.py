@@ -1,6 +1,8 @@
-"""Routing, dispatch and expert layers in plain torch, loops included: what every kernel is tested against, up to float64.
+"""Routing, dispatch and expert layers in plain torch, loops included: what every kernel is tested against, up to
+float64.
 
-Legend: T tokens, D hidden_size, F expert width, G rows of the up-projection (2F with a gate), E experts, K top-k, S = T*K.
+Legend: T tokens, D hidden_size, F expert width, G rows of the up-projection (2F with a gate), E experts, K top-k, S =
+T*K.
 """
 
 from __future__ import annotations
@@ -63,8 +65,8 @@ def expert_mlp(
 def dispatch(index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Rows grouped by expert, in their old order within one: `offsets` [E+1], `row` [S], `inverse` [S].
 
-    Expert e has the places offsets[e]..offsets[e+1]; row[place] = t*K + k; inverse[t*K + k] = place, or -1 where the id is
-    not one of 0..E-1. Places from offsets[E] on are not in use, and `row` holds the dropped rows there.
+    Expert e has the places offsets[e]..offsets[e+1]; row[place] = t*K + k; inverse[t*K + k] = place, or -1 where the
+    id is not one of 0..E-1. Places from offsets[E] on are not in use, and `row` holds the dropped rows there.
     """
     flat = index_TK.reshape(-1)
     kept = (flat >= 0) & (flat < num_experts)
@@ -90,16 +92,17 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """Scores, choice and weights of a token-choice router.
 
-    Softmax with or without renormalisation (arXiv 2401.04088, 2409.02060); sigmoid with a selection bias that never enters
-    the weight, choosing inside the best groups (DeepSeek-V3, arXiv 2412.19437, section 2.1.2; its groups are ranked by the
-    sum of their two best scores, those of DeepSeek-V2, arXiv 2405.04434, by their best one).
+    Softmax with or without renormalisation (arXiv 2401.04088, 2409.02060); sigmoid with a selection bias that never
+    enters the weight, choosing inside the best groups (DeepSeek-V3, arXiv 2412.19437, section 2.1.2; its groups are
+    ranked by the sum of their two best scores, those of DeepSeek-V2, arXiv 2405.04434, by their best one).
 
     Args:
         logits_TE: router logits [T, E].
         top_k: experts per token.
         score: "softmax" or "sigmoid".
         selection_bias_E: added to the scores for the choice alone [E].
-        groups, top_groups: E/groups neighbouring experts form a group; only the best `top_groups` groups are in the choice.
+        groups, top_groups: E/groups neighbouring experts form a group; only the best `top_groups` groups are in the
+            choice.
         group_score: "top2" or "max".
         renormalise: divide the chosen scores by their sum.
         scale: factor on the weights.

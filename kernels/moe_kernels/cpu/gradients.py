@@ -1,0 +1,81 @@
+"""The expert layer backward on a CPU, from x and the saved up-projection h.
+
+With dy the gradient to y, by place s of expert e, token t and routing weight w:
+
+    da = dy_t W_down          dw = da . a (+ dy_t . b_down)       dh = activation'(h)[w da]
+    dW_down = dy_t^T (w a)    dW_up = dh^T x_t                    dx_t = sum over the token's places of dh W_up
+
+so the experts' outputs are not needed again (arXiv 2512.14080, section 4).
+
+Legend: T tokens, D hidden_size, F expert width, G rows of the up-projection (2F with a gate), E experts, K top-k,
+S = T*K routed rows, n rows of one run of experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_kernels.activations import Activation
+from moe_kernels.cpu.layer import Grouping
+from moe_kernels.cpu.products import Matrices, outer_products
+from moe_kernels.dispatch import Dispatch
+
+
+def backward(
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    h_SG: Tensor,
+    gate_up_EGD: Tensor,
+    down_EDF: Tensor,
+    weight_TK: Tensor,
+    gate_up_bias_EG: Tensor | None,
+    down_bias_ED: Tensor | None,
+    plan: Dispatch,
+    activation: Activation,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients to x, gate_up, down, the routing weights, and the two biases (None where there is none)."""
+    grouping = Grouping.from_dispatch(plan)
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    up, down = Matrices(gate_up_EGD.mT), Matrices(down_EDF.mT)
+    dgate_up, ddown = torch.empty_like(gate_up_EGD), torch.empty_like(down_EDF)
+    dgate_up_bias, ddown_bias = (None if b is None else torch.zeros_like(b) for b in (gate_up_bias_EG, down_bias_ED))
+    dx_SD = x_TD.new_empty(grouping.rows, x_TD.shape[1])
+    dx_SD[grouping.bounds[-1] :] = 0
+    weight_S = weight_TK.reshape(-1)[grouping.row].to(wide)
+    dweight_S = torch.zeros_like(weight_S)
+    token_S = grouping.token
+    done = 0
+    for first, counts, start, end in grouping.runs():
+        place, experts = slice(start, end), slice(first, first + len(counts))
+        x_nD, dy_nD = x_TD.index_select(0, token_S[place]), dy_TD.index_select(0, token_S[place])
+        weight_n1 = weight_S[place, None]
+        da_nF = x_TD.new_empty(end - start, down.outputs)
+        down.products(first, counts, dy_nD, da_nF)
+        # Everything between two products is in float32, and rounded once.
+        h_nG, da_nF = h_SG[place].to(wide), da_nF.to(wide)
+        a_nF = activation(h_nG, interleaved)
+        dweight_S[place] = (da_nF * a_nF).sum(-1)
+        dh_nG = activation.backward(h_nG, da_nF.mul_(weight_n1), interleaved).to(x_TD.dtype)
+        outer_products(first, counts, dy_nD, a_nF.mul_(weight_n1).to(x_TD.dtype), ddown.unbind(0))
+        outer_products(first, counts, dh_nG, x_nD, dgate_up.unbind(0))
+        up.products(first, counts, dh_nG, dx_SD[place])
+        expert_n = torch.repeat_interleave(torch.arange(first, experts.stop), torch.tensor(counts))
+        if down_bias_ED is not None and ddown_bias is not None:
+            dy_wide = dy_nD.to(wide)
+            dweight_S[place] += (dy_wide * down_bias_ED[expert_n]).sum(-1)
+            ddown_bias[experts] = _sum_by_expert(dy_wide * weight_n1, expert_n - first, len(counts))
+        if dgate_up_bias is not None:
+            dgate_up_bias[experts] = _sum_by_expert(dh_nG.to(wide), expert_n - first, len(counts))
+        done = experts.stop
+    for tail in (dgate_up, ddown):
+        tail[done:] = 0
+    dweight = torch.empty_like(dweight_S)
+    dweight[grouping.row] = dweight_S
+    dx_TD = grouping.combine(dx_SD, None)
+    return dx_TD, dgate_up, ddown, dweight.view_as(weight_TK).to(weight_TK.dtype), dgate_up_bias, ddown_bias
+
+
+def _sum_by_expert(rows_nD: Tensor, expert_n: Tensor, experts: int) -> Tensor:
+    return rows_nD.new_zeros(experts, rows_nD.shape[1]).index_add_(0, expert_n, rows_nD)

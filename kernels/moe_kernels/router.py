@@ -1,0 +1,101 @@
+"""`route`: logits to chosen experts and their weights, one kernel on a GPU, with gradients to the logits.
+
+Legend: T tokens, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_kernels import reference, target
+
+
+def route(
+    logits_TE: Tensor,
+    top_k: int,
+    *,
+    score: str = "softmax",
+    selection_bias_E: Tensor | None = None,
+    groups: int = 1,
+    top_groups: int = 1,
+    group_score: str = "top2",
+    renormalise: bool = False,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """index [T, K] int64, best first and the lower id first among equals; weight [T, K] float32, differentiable.
+
+    Arguments as `reference.route` has them. Scores are float32 whatever the logits are, and the selection bias gets no
+    gradient, for it never enters a weight.
+
+    Raises:
+        ValueError: an unknown score, or groups that do not divide the experts or hold fewer than `top_k` of them.
+    """
+    experts = logits_TE.shape[1]
+    if score not in ("softmax", "sigmoid") or group_score not in ("top2", "max"):
+        raise ValueError(f"score {score!r} is softmax or sigmoid, group_score {group_score!r} is top2 or max")
+    if experts % groups or not 1 <= top_groups <= groups or not 1 <= top_k <= experts // groups * top_groups:
+        raise ValueError(f"top {top_k} of {experts} experts in {top_groups} of {groups} groups cannot be chosen")
+    if not target.uses_triton(logits_TE):
+        bias = None if selection_bias_E is None else selection_bias_E.detach().float()
+        return reference.route(
+            logits_TE.float(), top_k, score=score, selection_bias_E=bias, groups=groups, top_groups=top_groups,
+            group_score=group_score, renormalise=renormalise, scale=scale,
+        )  # fmt: skip
+    given = logits_TE, selection_bias_E, top_k, score, groups, top_groups, group_score, renormalise, scale
+    return _operator(*given)
+
+
+def _forward(
+    logits_TE: Tensor,
+    selection_bias_E: Tensor | None,
+    top_k: int,
+    score: str,
+    groups: int,
+    top_groups: int,
+    group_score: str,
+    renormalise: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    from moe_kernels.gpu import router
+
+    return router.forward(
+        logits_TE, selection_bias_E, top_k, score, groups, top_groups, group_score, renormalise, scale
+    )
+
+
+def _backward(
+    dweight_TK: Tensor, logits_TE: Tensor, index_TK: Tensor, score: str, renormalise: bool, scale: float
+) -> Tensor:
+    from moe_kernels.gpu import router
+
+    return router.backward(dweight_TK, logits_TE, index_TK, score, renormalise, scale)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, _, _, score, _, _, _, renormalise, scale = inputs
+    ctx.save_for_backward(logits, output[0])
+    ctx.mark_non_differentiable(output[0])
+    ctx.said = score, renormalise, scale
+
+
+def _gradients(ctx: Any, _: Tensor, dweight_TK: Tensor) -> tuple[Any, ...]:
+    return (_backward_operator(dweight_TK.contiguous(), *ctx.saved_tensors, *ctx.said), *(None,) * 8)
+
+
+_operator = torch.library.custom_op("moe_kernels::route", _forward, mutates_args=())
+_operator.register_autograd(_gradients, setup_context=_keep)
+_backward_operator = torch.library.custom_op("moe_kernels::route_backward", _backward, mutates_args=())
+
+
+@_operator.register_fake
+def _(logits_TE: Tensor, selection_bias_E: Tensor | None, top_k: int, *rest: Any) -> tuple[Tensor, Tensor]:
+    shape = (logits_TE.shape[0], top_k)
+    return logits_TE.new_empty(shape, dtype=torch.int64), logits_TE.new_empty(shape, dtype=torch.float32)
+
+
+@_backward_operator.register_fake
+def _(dweight_TK: Tensor, logits_TE: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(logits_TE, memory_format=torch.contiguous_format)

@@ -1,0 +1,125 @@
+"""Launch choices: one dataclass, tables per architecture keyed by rows per expert, and the user's own.
+
+A line of a table is good up to so many rows per expert, never tokens alone: sixteen tokens are much for one of 8
+experts and nothing for one of 256. The user's table for this very device comes first, then the packaged one of its
+architecture.
+Nothing is timed here and nothing on a first call: `moectl bench layer --tune` writes the user's table.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from moe_kernels.target import Target
+
+KERNELS = ("up", "down", "dact", "dx", "dw")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How one kernel is launched.
+
+    Attributes:
+        block_m: rows of a tile; for "dw", whose rows are output rows of the weight, its own; else that of the line.
+        block_n: columns of a tile.
+        block_k: the step along the contraction, in elements of two bytes.
+        warps, stages: num_warps and num_stages of Triton.
+        group_m: row blocks that run side by side before the next column, for the L2 cache.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    group_m: int = 8
+
+    def fitted(self, itemsize: int) -> Launch:
+        """The choice for elements of `itemsize` bytes: products of float32 hold their operands in registers too."""
+        if itemsize == 2:
+            return self
+        return replace(self, block_n=min(self.block_n, 32), block_k=min(self.block_k, 32))
+
+
+@dataclass(frozen=True)
+class Line:
+    """The choices for a number of rows per expert.
+
+    Attributes:
+        rows: the line is good up to this mean number of routed rows per expert.
+        block_m: rows of the row blocks of the dispatch, which all kernels but "dw" share.
+        launches: one Launch for each of KERNELS.
+    """
+
+    rows: float
+    block_m: int
+    launches: dict[str, Launch]
+
+    def __getitem__(self, kernel: str) -> Launch:
+        return self.launches[kernel]
+
+
+def choose(target: Target, rows: int, experts: int) -> Line:
+    """The line for `rows` routed rows over `experts` experts on a device."""
+    lines = _table(target.arch, target.name)
+    return next((line for line in lines if rows <= line.rows * experts), lines[-1])
+
+
+@cache
+def _table(arch: str, name: str) -> tuple[Line, ...]:
+    own = user_table(name)
+    return parse(json.loads(own.read_text())) if own.is_file() else packaged(arch)
+
+
+def packaged(arch: str) -> tuple[Line, ...]:
+    """The lines that come with the package for an architecture."""
+    return parse(json.loads((files(__package__) / "tables" / f"{arch}.json").read_text()))
+
+
+def user_table(name: str) -> Path:
+    """Where the table of the device called `name` is, if the user has tuned it."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "moectl" / "tuning" / f"{name.replace(' ', '_').replace('/', '_')}.json"
+
+
+def parse(document: list[dict[str, Any]]) -> tuple[Line, ...]:
+    """Lines from JSON: `[{"rows": 16, "block_m": 16, "up": {"block_n": 64, ...}, ...}, ...]`, rows rising.
+
+    Raises:
+        ValueError: a kernel is missing, or the lines are not in order.
+    """
+    lines = []
+    for entry in document:
+        missing = [kernel for kernel in KERNELS if kernel not in entry]
+        if missing or "rows" not in entry or "block_m" not in entry:
+            raise ValueError(f"a line of a tuning table needs rows, block_m and {', '.join(KERNELS)}; lacks {missing}")
+        launches = {kernel: Launch(**{"block_m": entry["block_m"], **entry[kernel]}) for kernel in KERNELS}
+        lines.append(Line(float(entry["rows"]), entry["block_m"], launches))
+    if not lines or [line.rows for line in lines] != sorted({line.rows for line in lines}):
+        raise ValueError("the lines of a tuning table have to be in order of rows, and there has to be one")
+    return tuple(lines)
+
+
+def as_json(lines: tuple[Line, ...]) -> list[dict[str, Any]]:
+    """What `parse` reads."""
+    return [
+        {"rows": line.rows, "block_m": line.block_m, **{kernel: asdict(line[kernel]) for kernel in KERNELS}}
+        for line in lines
+    ]
+
+
+def save(name: str, lines: tuple[Line, ...]) -> Path:
+    """Write the user's table for a device, and use it from now on."""
+    path = user_table(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".partial")
+    scratch.write_text(json.dumps(as_json(lines), indent=1) + "\n")
+    scratch.replace(path)
+    _table.cache_clear()
+    return path

@@ -1,0 +1,109 @@
+"""Every kernel at every shipped launch choice compiles for the three architectures, spills nothing, and fits.
+
+`resources.json` beside this holds what each takes, for a reader of a change to see what it did; it is written again by
+
+    python tests/kernels/test_ahead_of_time.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launches import Launch, Resources, compiled, recorded
+from torch import Tensor
+
+from moe_kernels import GPT_OSS, RELU2, SWIGLU, Activation, target, tuning
+from moe_kernels.gpu import experts, router
+
+GOLDEN = Path(__file__).parent / "resources.json"
+ARCHS = ("sm_80", "sm_90", "sm_100")
+D, F, E, K = 2048, 768, 128, 8
+MAY_SPILL: dict[str, str] = {}
+"""Launches that are known to spill, with the reason."""
+
+
+def layer(tokens: int, dtype: torch.dtype, train: bool, activation: Activation = SWIGLU, bias: bool = False) -> None:
+    """Run the expert layer, backward too with `train`, on tensors without memory."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    rows = 2 * F if activation.gated else F
+    x, gate_up, down = empty(tokens, D), empty(E, rows, D), empty(E, D, F)
+    index = torch.empty(tokens, K, dtype=torch.int64, device="meta")
+    weight = torch.empty(tokens, K, device="meta")
+    biases = (empty(E, rows), empty(E, D)) if bias else (None, None)
+    _, h, plan = experts.forward(x, gate_up, down, index, weight, *biases, activation, activation.offset > 0, train)
+    if train:
+        assert h is not None and plan is not None
+        experts.backward(x, x, h, gate_up, down, weight, *biases, plan, activation, activation.offset > 0)
+
+
+def tokens(line: tuning.Line) -> int:
+    """A batch that the line is for."""
+    return max(1, int(min(line.rows, 512) * E / K))
+
+
+def launches(arch: str) -> Iterator[Launch]:
+    """The different launches over the lines of the table, types, activations, decoding, and routers."""
+    with recorded(arch) as seen:
+        lines = tuning.packaged(arch)
+        for line in lines:
+            layer(tokens(line), torch.bfloat16, train=True)
+        for line in (lines[0], lines[-1]):
+            layer(tokens(line), torch.float32, train=True)
+        layer(8192, torch.float16, train=False)
+        layer(8192, torch.bfloat16, train=True, activation=GPT_OSS, bias=True)
+        layer(8192, torch.bfloat16, train=True, activation=RELU2)
+        layer(1, torch.bfloat16, train=False)
+        for choice in (("softmax", 1, 1), ("sigmoid", 8, 4)):
+            logits, bias = torch.empty(4096, 256, device="meta"), torch.empty(256, device="meta")
+            index, weight = router.forward(logits, bias, K, *choice, "top2", True, 2.5)
+            router.backward(weight, logits, index, choice[0], True, 2.5)
+    yield from seen
+
+
+def measured(arch: str) -> dict[str, Resources]:
+    """What every launch takes on an architecture, by name; of launches with one name, the largest."""
+    found: dict[str, Resources] = {}
+    for call in launches(arch):
+        types = "/".join(sorted({kind[1:] for _, kind in call.signature if kind.startswith("*")} - {"i32", "i64"}))
+        name, resources = f"{call.name} {types}", compiled(call, arch)
+        if name not in found or resources.registers > found[name].registers:
+            found[name] = resources
+    return found
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_compiles_without_a_spill_and_fits(arch: str, record_property: Any) -> None:
+    found = measured(arch)
+    assert {name for name, resources in found.items() if resources.spilled} == {n for n in MAY_SPILL if n in found}
+    for name, resources in found.items():
+        assert resources.shared <= target.SHARED_MEMORY[arch], name
+    if arch == "sm_90":
+        for name, resources in found.items():
+            tile = name.split()[1].split("x")
+            wanted = "gemm." in name and int(tile[0]) >= 64 and "fp32" not in name.split()[-1].split("/")[:-1]
+            if wanted and name.split()[-1] in ("bf16", "fp16", "bf16/fp32"):
+                assert resources.wgmma, name
+    golden = json.loads(GOLDEN.read_text())
+    if golden["triton"] == version("triton"):
+        assert {name: asdict(resources) for name, resources in found.items()} == golden[arch]
+    record_property("kernels compiled ahead of time", len(found))
+
+
+def main() -> None:
+    """Write the golden file."""
+    found = {arch: {name: asdict(taken) for name, taken in measured(arch).items()} for arch in ARCHS}
+    GOLDEN.write_text(json.dumps({"triton": version("triton"), **found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
