@@ -45,7 +45,8 @@ def route(
             group_score=group_score, renormalise=renormalise, scale=scale,
         )  # fmt: skip
     given = logits_TE, selection_bias_E, top_k, score, groups, top_groups, group_score, renormalise, scale
-    return _operator(*given)
+    weight, index = _operator(*given)
+    return index, weight
 
 
 def _forward(
@@ -61,9 +62,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     from moe_kernels.gpu import router
 
-    return router.forward(
+    index, weight = router.forward(
         logits_TE, selection_bias_E, top_k, score, groups, top_groups, group_score, renormalise, scale
     )
+    return weight, index
 
 
 def _backward(
@@ -76,12 +78,12 @@ def _backward(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, _, _, score, _, _, _, renormalise, scale = inputs
-    ctx.save_for_backward(logits, output[0])
-    ctx.mark_non_differentiable(output[0])
+    ctx.save_for_backward(logits, output[1])
+    ctx.mark_non_differentiable(output[1])
     ctx.said = score, renormalise, scale
 
 
-def _gradients(ctx: Any, _: Tensor, dweight_TK: Tensor) -> tuple[Any, ...]:
+def _gradients(ctx: Any, dweight_TK: Tensor, _: Tensor) -> tuple[Any, ...]:
     return (_backward_operator(dweight_TK.contiguous(), *ctx.saved_tensors, *ctx.said), *(None,) * 8)
 
 
@@ -93,7 +95,7 @@ _backward_operator = torch.library.custom_op("moe_kernels::route_backward", _bac
 @_operator.register_fake
 def _(logits_TE: Tensor, selection_bias_E: Tensor | None, top_k: int, *rest: Any) -> tuple[Tensor, Tensor]:
     shape = (logits_TE.shape[0], top_k)
-    return logits_TE.new_empty(shape, dtype=torch.int64), logits_TE.new_empty(shape, dtype=torch.float32)
+    return logits_TE.new_empty(shape, dtype=torch.float32), logits_TE.new_empty(shape, dtype=torch.int64)
 
 
 @_backward_operator.register_fake

@@ -28,7 +28,6 @@ class Target:
     name: str
 
 
-@cache
 def interpreting() -> bool:
     """Whether Triton kernels are run by its interpreter, which takes tensors of the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"

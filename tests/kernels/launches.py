@@ -106,7 +106,7 @@ def launch(kernel: JITFunction[Any], args: tuple[Any, ...], kwargs: dict[str, An
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes: registers and bytes spilled a thread, bytes of shared memory; and whether it has wgmma."""
+    """What a compiled kernel takes: registers and spilled bytes a thread, shared bytes; and whether it has wgmma."""
 
     registers: int
     spilled: int

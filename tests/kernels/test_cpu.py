@@ -53,7 +53,7 @@ def make(
     biases: bool = False, activation: Activation = SWIGLU, interleaved: bool = False, transposed: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> Case:  # fmt: skip
-    """A case whose last expert gets no row; `skew`: "one" sends every token to expert 0, "dropped" has ids of others."""
+    """A case whose last expert gets no row; `skew`: "one" sends all tokens to expert 0, "dropped" has others' ids."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -86,7 +86,8 @@ def cases(draw: Any) -> Case:
     return make(
         draw(st.sampled_from((0, 1, 2, 3, 17, 70))), draw(st.sampled_from((1, 4, 7, 16))),
         draw(st.sampled_from((1, 3, 8))), experts, draw(st.integers(1, min(3, experts))),
-        seed=draw(st.integers(0, 1000)), skew=draw(st.sampled_from(("uniform", "one", "dropped"))), biases=draw(st.booleans()),
+        seed=draw(st.integers(0, 1000)), skew=draw(st.sampled_from(("uniform", "one", "dropped"))),
+        biases=draw(st.booleans()),
         activation=draw(st.sampled_from(ACTIVATIONS)), interleaved=draw(st.booleans()), transposed=draw(st.booleans()),
     )  # fmt: skip
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from moe_kernels.activations import Activation
-from moe_kernels.cpu.layer import Grouping
-from moe_kernels.cpu.products import Matrices, outer_products
+from moe_kernels.cpu.layer import SINGLE_ROWS, Grouping
+from moe_kernels.cpu.products import Matrices, clear_idle, outer_products, sizes
 from moe_kernels.dispatch import Dispatch
 
 
@@ -38,15 +38,16 @@ def backward(
     """Gradients to x, gate_up, down, the routing weights, and the two biases (None where there is none)."""
     grouping = Grouping.from_dispatch(plan)
     wide = torch.promote_types(x_TD.dtype, torch.float32)
-    up, down = Matrices(gate_up_EGD.mT), Matrices(down_EDF.mT)
+    few = grouping.rows <= SINGLE_ROWS
+    up, down = Matrices(gate_up_EGD.mT, few=few), Matrices(down_EDF.mT, few=few)
     dgate_up, ddown = torch.empty_like(gate_up_EGD), torch.empty_like(down_EDF)
+    dgate_up_each, ddown_each = (dgate_up, ddown) if few else (dgate_up.unbind(0), ddown.unbind(0))
     dgate_up_bias, ddown_bias = (None if b is None else torch.zeros_like(b) for b in (gate_up_bias_EG, down_bias_ED))
     dx_SD = x_TD.new_empty(grouping.rows, x_TD.shape[1])
     dx_SD[grouping.bounds[-1] :] = 0
     weight_S = weight_TK.reshape(-1)[grouping.row].to(wide)
     dweight_S = torch.zeros_like(weight_S)
     token_S = grouping.token
-    done = 0
     for first, counts, start, end in grouping.runs():
         place, experts = slice(start, end), slice(first, first + len(counts))
         x_nD, dy_nD = x_TD.index_select(0, token_S[place]), dy_TD.index_select(0, token_S[place])
@@ -58,9 +59,11 @@ def backward(
         a_nF = activation(h_nG, interleaved)
         dweight_S[place] = (da_nF * a_nF).sum(-1)
         dh_nG = activation.backward(h_nG, da_nF.mul_(weight_n1), interleaved).to(x_TD.dtype)
-        outer_products(first, counts, dy_nD, a_nF.mul_(weight_n1).to(x_TD.dtype), ddown.unbind(0))
-        outer_products(first, counts, dh_nG, x_nD, dgate_up.unbind(0))
+        outer_products(first, counts, dy_nD, a_nF.mul_(weight_n1).to(x_TD.dtype), ddown_each)
+        outer_products(first, counts, dh_nG, x_nD, dgate_up_each)
         up.products(first, counts, dh_nG, dx_SD[place])
+        if gate_up_bias_EG is None and down_bias_ED is None:
+            continue
         expert_n = torch.repeat_interleave(torch.arange(first, experts.stop), torch.tensor(counts))
         if down_bias_ED is not None and ddown_bias is not None:
             dy_wide = dy_nD.to(wide)
@@ -68,9 +71,8 @@ def backward(
             ddown_bias[experts] = _sum_by_expert(dy_wide * weight_n1, expert_n - first, len(counts))
         if dgate_up_bias is not None:
             dgate_up_bias[experts] = _sum_by_expert(dh_nG.to(wide), expert_n - first, len(counts))
-        done = experts.stop
-    for tail in (dgate_up, ddown):
-        tail[done:] = 0
+    for idle in (dgate_up, ddown):
+        clear_idle(idle, sizes(grouping.bounds))
     dweight = torch.empty_like(dweight_S)
     dweight[grouping.row] = dweight_S
     dx_TD = grouping.combine(dx_SD, None)

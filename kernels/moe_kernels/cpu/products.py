@@ -4,8 +4,8 @@ Measured on one Zen 4 core with MKL and oneDNN as torch 2.13 ships them, the wei
 
     float32, 1 row          0.6 to 0.9   as a batch of two products (MKL's matrix-vector product reads memory badly)
     float32, 2 or 3 rows    0.4 to 0.8   as W x^T
-    up to STREAMED_ROWS     0.65 to 0.9  after reading a matrix that fits the cache once in its own order, which the
-                                         hardware prefetches; the reordering inside a product is bound by memory latency
+    up to STREAMED_ROWS     0.65 to 1    after reading a matrix that fits the cache once in its own order, which the
+                                         hardware prefetches; the reordering of W^T in a product is bound by latency
     float32, larger or more 0.8 to 0.95  in oneDNN instead of MKL
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
@@ -29,14 +29,12 @@ class Matrices:
     """All experts' matrices of one projection: weight [E, N, D] of any strides, bias [E, N] or None."""
 
     def __init__(self, weight_END: Tensor, bias_EN: Tensor | None = None, few: bool = False) -> None:
-        self.few = few
-        self.weight, self.bias = weight_END, bias_EN
+        """`few`: hardly any expert will be asked for, so it does not pay to make the views of all at once."""
+        self.weight, self.bias, self.few = weight_END, bias_EN, few
         self.count, self.outputs, self.inputs = weight_END.shape
-        self.float32 = weight_END.dtype == torch.float32
+        self.bytes_each = self.outputs * self.inputs * weight_END.element_size()
         self.rows_contiguous = weight_END.is_contiguous()
-        bytes_each = self.outputs * self.inputs * weight_END.element_size()
-        self.small = bytes_each <= CACHE_BYTES
-        self.words = bytes_each % 8 == 0 and weight_END.data_ptr() % 8 == 0
+        self.float32 = weight_END.dtype == torch.float32
         self.onednn = self.float32 and self.rows_contiguous and torch.backends.mkldnn.is_available()
 
     def product(self, expert: int, x_nD: Tensor, out_nN: Tensor) -> None:
@@ -45,9 +43,9 @@ class Matrices:
         if self.float32 and n == 1 and self.rows_contiguous and self.outputs % 2 == 0:
             halves = weight_ND.view(2, -1, self.inputs)
             torch.bmm(halves, x_nD.mT.expand(2, -1, -1), out=out_nN.view(2, -1, 1))
-        elif self.onednn and (n >= ONEDNN_ROWS or not self.small):
+        elif self.onednn and (n >= ONEDNN_ROWS or self.bytes_each > CACHE_BYTES):
             out_nN.copy_(torch.ops.mkldnn._linear_pointwise(x_nD, weight_ND, None, "none", [], ""))
-        elif self.float32 and n in (2, 3):
+        elif self.float32 and n in (2, 3) and self.rows_contiguous:
             out_nN.copy_(torch.mm(weight_ND, x_nD.mT).mT)
         else:
             if n <= STREAMED_ROWS and self.bits is not None:
@@ -64,7 +62,7 @@ class Matrices:
 
     @cached_property
     def weights(self) -> Tensor | Sequence[Tensor]:
-        """[N, D] of each expert; all at once, unless hardly any will be asked for."""
+        """[N, D] of each expert."""
         return self.weight if self.few else self.weight.unbind(0)
 
     @cached_property
@@ -74,11 +72,12 @@ class Matrices:
 
     @cached_property
     def bits(self) -> Tensor | Sequence[Tensor] | None:
-        """Each matrix as a vector of integers, the quickest to read whatever its values; None if it is not dense."""
-        stored = self.weight if self.rows_contiguous else self.weight.mT
-        words = self.words and stored.is_contiguous()
-        bits = stored.view(self.count, -1).view(torch.int64) if self.small and words else None
-        return bits if bits is None or self.few else bits.unbind(0)
+        """Each matrix as a vector of integers, the quickest to read; None if it need not be read."""
+        words = self.bytes_each % 8 == 0 and self.weight.data_ptr() % 8 == 0
+        if not (self.rows_contiguous and words and self.bytes_each <= CACHE_BYTES):
+            return None
+        bits = self.weight.view(self.count, -1).view(torch.int64)
+        return bits if self.few else bits.unbind(0)
 
 
 def grouped_mm(x_SD: Tensor, weight_END: Tensor, offsets: Tensor, out_rows: int) -> Tensor:
@@ -115,17 +114,26 @@ def grouped_outer(dy_SN: Tensor, x_SD: Tensor, offsets: Tensor, weight_like_END:
     bounds = offsets.tolist()
     dweight_END = torch.empty_like(weight_like_END)
     outer_products(0, sizes(bounds), dy_SN[: bounds[-1]], x_SD[: bounds[-1]], dweight_END.unbind(0))
+    clear_idle(dweight_END, sizes(bounds))
     return dweight_END
 
 
-def outer_products(first: int, sizes: Sequence[int], dy_SN: Tensor, x_SD: Tensor, dweight: Sequence[Tensor]) -> None:
-    """dweight[e] = dy_e^T x_e for neighbouring experts, from `first` on, with `sizes` rows each; zero for none."""
+def outer_products(
+    first: int, sizes: Sequence[int], dy_SN: Tensor, x_SD: Tensor, dweight: Tensor | Sequence[Tensor]
+) -> None:
+    """dweight[e] = dy_e^T x_e for neighbouring experts, from `first` on, with `sizes` rows each, if any."""
     for expert, (n, dy, x) in enumerate(zip(sizes, dy_SN.split(sizes), x_SD.split(sizes), strict=True), first):
         if n:
             torch.mm(dy.T, x, out=dweight[expert])
-        else:
-            # Cheaper than clearing all of them beforehand, for few are not in use.
-            dweight[expert].zero_()
+
+
+def clear_idle(dweight_END: Tensor, sizes: Sequence[int]) -> None:
+    """Zero for experts without rows: most often few, so that it would be a waste to begin with zero everywhere."""
+    expert = 0
+    for busy, run in groupby(sizes, key=bool):
+        start, expert = expert, expert + len(list(run))
+        if not busy:
+            dweight_END[start:expert].zero_()
 
 
 def sizes(bounds: Sequence[int]) -> list[int]:

@@ -13,7 +13,7 @@ WIDEST = 2048
 
 
 def combine(y_SD: Tensor, plan: Dispatch, weight_TK: Tensor | None, out_TD: Tensor) -> Tensor:
-    """out_t = sum_k weight_tk * y[place of (t, k)], with weights of one where None; a row that nobody took adds nothing."""
+    """out_t = sum_k weight_tk * y[place of (t, k)], weights of one where None; a row that nobody took adds zero."""
     tokens, hidden = out_TD.shape
     block = min(WIDEST, triton.next_power_of_2(hidden))
     grid = (tokens, triton.cdiv(hidden, block))

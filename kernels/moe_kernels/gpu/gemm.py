@@ -161,7 +161,7 @@ def activation_kernel(
     w_ptrs = w_ptr + expert * stride_we + n.to(tl.int64)[None, :] * stride_wn
     share = tl.zeros([BLOCK_M], tl.float32)
     if BIAS:
-        if column == 0:  # noqa: SIM102  (the outer one is decided at compile time)
+        if column == 0:
             for first_k in tl.range(0, K, BLOCK_K, num_stages=1):
                 k = first_k + tl.arange(0, BLOCK_K)
                 dy = tl.load(dy_ptrs + k[None, :] * stride_yk, mask=(k < K)[None, :], other=0.0).to(tl.float32)
@@ -252,5 +252,5 @@ def weight_kernel(
     dw_ptrs = dw_ptr + expert.to(tl.int64) * stride_we + n[:, None].to(tl.int64) * stride_wn + k[None, :] * stride_wk
     tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])
     if BIAS:
-        if tl.program_id(0) < tiles:  # noqa: SIM102  (the outer one is decided at compile time)
+        if tl.program_id(0) < tiles:
             tl.store(bias_ptr + expert * N + n, total.to(bias_ptr.dtype.element_ty), mask=n < N)
