@@ -78,34 +78,35 @@ class Activation:
     def backward(self, h_SG: Tensor, da_SF: Tensor, interleaved: bool = False) -> Tensor:
         """The gradient to h from the one to the activation, for where autograd is not at work; [..., F] -> [..., G]."""
         if not self.gated:
-            return da_SF * self.slope(h_SG)
+            return self.pull(da_SF, h_SG)
         gate, up = (h_SG[..., ::2], h_SG[..., 1::2]) if interleaved else h_SG.chunk(2, dim=-1)
         low_gate, low_up = gate, up
         if self.limit is not None:
             low_gate, low_up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
-        dgate = da_SF * (low_up + self.offset) * self.slope(low_gate)
+        dgate = self.pull(da_SF * (low_up + self.offset), low_gate)
         dup = da_SF * self.function(low_gate)
         if self.limit is not None:
             dgate = dgate.masked_fill(gate > self.limit, 0.0)
             dup = dup.masked_fill(up.abs() > self.limit, 0.0)
         return torch.stack((dgate, dup), -1).flatten(-2) if interleaved else torch.cat((dgate, dup), -1)
 
-    def slope(self, z: Tensor) -> Tensor:
-        """The derivative of f."""
-        one = torch.ones_like(z)
+    def pull(self, df: Tensor, z: Tensor) -> Tensor:
+        """df f'(z): the gradient to z from the one to f(z)."""
         match self.kind:
+            case "silu" if self.alpha == 1.0:
+                return torch.ops.aten.silu_backward(df, z)
             case "silu":
                 s = torch.sigmoid(self.alpha * z)
-                return s * (1 + self.alpha * z * (1 - s))
+                return df * s * (1 + self.alpha * z * (1 - s))
             case "gelu":
-                return torch.ops.aten.gelu_backward(one, z)
+                return torch.ops.aten.gelu_backward(df, z)
             case "gelu_tanh":
-                return torch.ops.aten.gelu_backward(one, z, approximate="tanh")
+                return torch.ops.aten.gelu_backward(df, z, approximate="tanh")
             case "relu":
-                return (z > 0).to(z.dtype)
+                return df * (z > 0)
             case "relu2":
-                return 2 * functional.relu(z)
-        return one
+                return 2 * df * functional.relu(z)
+        return df
 
 
 SWIGLU = Activation()
