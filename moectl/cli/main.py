@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import typer
 
-from moectl.cli import families, finish, inspect, quickstart, upcycle, verify
+from moectl.cli import bench, families, finish, inspect, quickstart, upcycle, verify
 from moectl.errors import MachineError, MoectlError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(upcycle.app, name="upcycle")
+app.add_typer(bench.app, name="bench")
 app.command("verify")(verify.verify)
 app.command("finish")(finish.finish)
 app.command("inspect")(inspect.inspect)
@@ -98,7 +99,7 @@ def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:
 
 def _complain(lines: list[str]) -> None:
     """Write an error to stderr, each part on one line; a stderr that is gone is left to `_leave`."""
-    from moectl.checkpoint.header import escape
+    from moectl.text import escape
 
     first, *rest = [escape(line) for line in lines if line]
     with suppress(OSError):

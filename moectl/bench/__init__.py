@@ -1,0 +1,1 @@
+"""How fast expert layers and MoE models run, ours and others': shapes, routings, floors, peers and tables."""

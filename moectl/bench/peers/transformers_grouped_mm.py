@@ -1,0 +1,12 @@
+"""transformers' experts implementation "grouped_mm"."""
+
+from __future__ import annotations
+
+from moectl.bench.inputs import Weights
+from moectl.bench.peers import Layer
+from moectl.bench.peers.experts_module import layer
+
+
+def build(weights: Weights) -> Layer:
+    """The module with "grouped_mm"."""
+    return layer(weights, "grouped_mm")
