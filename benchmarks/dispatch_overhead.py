@@ -1,8 +1,8 @@
 """What a call of `expert_mlp` costs around the work itself: the implementation is a stand-in that does nothing.
 
-CPU time of one thread, the median of many runs, less the call of the stand-in. Under 6 microseconds is the aim: at
-one token the weights of an expert layer pass a GPU's memory bus in about 20. Beside it stands what torch itself asks for
-a differentiable call, an autograd.Function that does nothing.
+CPU time of one thread, the median of many runs, less the call of the stand-in. Under 6 microseconds is the aim: at one
+token the weights of an expert layer pass a GPU's memory bus in about 20. Beside it stands what torch itself asks for a
+differentiable call, an autograd.Function that does nothing.
 
     python benchmarks/dispatch_overhead.py
 """

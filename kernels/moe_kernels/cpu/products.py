@@ -76,6 +76,8 @@ class Matrices:
         words = self.bytes_each % 8 == 0 and self.weight.data_ptr() % 8 == 0
         if not (self.rows_contiguous and words and self.bytes_each <= CACHE_BYTES):
             return None
+        if torch.get_num_threads() > 1 and not self.float32:  # they would share one cache's worth: 1.1 times slower
+            return None
         bits = self.weight.view(self.count, -1).view(torch.int64)
         return bits if self.few else bits.unbind(0)
 
