@@ -1,0 +1,192 @@
+"""What every command does with a plan: show it, or write it, and say how it went."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from moectl.checkpoint.plan import Plan
+    from moectl.checkpoint.publish import Written
+
+Out = Annotated[Path, typer.Option("--out", "-o", help="Directory to make.")]
+Dtype = Annotated[str, typer.Option(help="auto (as the source), bfloat16, float16 or float32.")]
+ShardSize = Annotated[str, typer.Option(help="Largest shard: bytes, or with kB, MB, GB, TB.")]
+PushToHub = Annotated[
+    str | None, typer.Option(metavar="ID", help="Also upload OUT to this Hub repository.", show_default=False)
+]
+Worker = Annotated[
+    str | None,
+    typer.Option(
+        metavar="K/N|auto",
+        help="Write the K-th of N shares of the shards; auto asks torchrun's or Slurm's variables.",
+        show_default=False,
+    ),
+]
+AllowNonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Copy tensors that hold NaN or infinity all the same.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be written; write nothing.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """How a plan is to be written: the options that all commands which make a checkpoint share."""
+
+    out: Path
+    push_to_hub: str | None
+    worker: str | None
+    allow_nonfinite: bool
+    dry_run: bool
+    overwrite: bool
+    json: bool
+    quiet: bool
+    started: float
+
+    def check(self) -> None:
+        """Refuse a worker or a repository that cannot be meant, before anything is read.
+
+        Raises:
+            UsageError: it is neither K/N nor auto with a launcher's variables, or no repository id.
+        """
+        import os
+
+        from moectl.checkpoint import hub
+        from moectl.checkpoint.workers import parse_worker
+
+        if self.worker is not None:
+            parse_worker(self.worker, os.environ)
+        if self.push_to_hub is not None:
+            hub.check_repo_id(self.push_to_hub)
+
+
+def carry_out(plan: Plan, how: Writing, *, headline: str, against: Sequence[str] = ()) -> None:
+    """Show the plan (--dry-run) or write it, publish it, and report on stdout and stderr as the contract says.
+
+    `headline` says what becomes of what. `against` are the sources that `moectl verify --against` can compare with.
+
+    Raises:
+        MoectlError: as `write`, `check_target`, `parse_worker` and `hub.upload` raise it.
+    """
+    import os
+
+    from moectl.checkpoint import hub
+    from moectl.checkpoint.workers import parse_worker
+    from moectl.checkpoint.writer import check_target, write
+    from moectl.report import output
+
+    out, quiet = how.out, how.quiet
+    share = None if how.worker is None else parse_worker(how.worker, os.environ)
+    check_target(plan, out, overwrite=how.overwrite or how.dry_run, worker=None if how.dry_run else share)
+    if how.dry_run:
+        show_plan(plan, out, how.json)
+        return
+    facts = plan.facts
+    output.note(f"{headline}: {output.size(plan.file_bytes)} in {len(plan.shards)} file(s)", quiet=quiet)
+    total = sum(shard.nbytes for shard in (share.share(plan.shards) if share else plan.shards))
+    with output.progress("writing", total, quiet=quiet) as on_bytes:
+        written = write(
+            plan,
+            out,
+            overwrite=how.overwrite,
+            worker=share,
+            allow_nonfinite=how.allow_nonfinite,
+            command=whole_command(sys.argv),
+            on_bytes=on_bytes,
+        )
+    seconds = perf_counter() - how.started
+    if not written.published:
+        show_unpublished(written, how.worker, len(plan.shards), how.json)
+        return
+    uploaded = hub.upload(out, how.push_to_hub) if how.push_to_hub is not None else None
+    if how.json:
+        output.emit_json(
+            "moectl.upcycle/1",
+            {
+                "path": str(out),
+                "published": True,
+                "already_complete": written.shards_written == 0,
+                "bytes": plan.file_bytes,
+                "tensors": len(plan.tensors),
+                "fingerprint": plan.fingerprint,
+                "seconds": seconds,
+                "uploaded": uploaded,
+                "recipe": plan.recipe,
+                **facts,
+            },
+        )
+    else:
+        output.emit_path(out)
+    if uploaded:
+        output.note(f"Uploaded: {uploaded}", quiet=quiet)
+    state = f"written in {seconds:.1f} s" if written.shards_written else "was already complete"
+    compare = "".join(f" --against {shlex.quote(name)}" for name in against)
+    output.note(
+        f"{output.count(facts['parameters'])} parameters, {output.count(facts['active_parameters'])} active, {state}.\n"
+        f"Next: moectl verify {shlex.quote(str(out))}{compare}",
+        quiet=quiet,
+    )
+
+
+def whole_command(argv: list[str]) -> str:
+    """The command line without its --worker: what writes everything that is missing."""
+    words = iter(argv[1:])
+    kept = []
+    for word in words:
+        if word == "--worker":
+            next(words, None)
+        elif not word.startswith("--worker="):
+            kept.append(word)
+    return shlex.join(["moectl", *kept])
+
+
+def show_unpublished(written: Written, worker: str | None, shards: int, json: bool) -> None:
+    """Say, even in quiet mode, that others have to end before there is an output."""
+    from moectl.report import output
+
+    if json:
+        missing = list(written.missing)
+        output.emit_json("moectl.worker/1", {"path": str(written.path), "published": False, "missing": missing})
+    output.note(
+        f"Worker {worker} is done: {written.shards_written} shard(s) written, {len(written.missing)} of {shards} "
+        f"still missing. The last worker publishes {written.path}.\n"
+        f"Next, if none does: moectl finish {shlex.quote(str(written.path))}"
+    )
+
+
+def show_plan(plan: Plan, out: Path, json: bool) -> None:
+    """Print what would be written: the whole plan as JSON, or its sizes as a table."""
+    from moectl.checkpoint.fs import free_bytes
+    from moectl.report import output
+
+    free = free_bytes(out.absolute())
+    files = [{"name": shard.name, "bytes": shard.nbytes, "tensors": len(shard.tensors)} for shard in plan.shards]
+    facts = {"bytes": plan.file_bytes, "free_bytes": free, "fingerprint": plan.fingerprint, **plan.facts}
+    if json:
+        output.emit_json("moectl.plan/1", {"path": str(out), "files": files, **facts, "plan": plan.to_json()})
+        return
+    copied = sum(tensor.nbytes for tensor in plan.tensors if plan.is_copied(tensor))
+    rows: list[tuple[str, output.Cell]] = [
+        ("output", str(out)),
+        ("family", f"{plan.facts['source_family']} -> {plan.facts['family']}"),
+        ("parameters", plan.facts["parameters"]),
+        ("active parameters", plan.facts["active_parameters"]),
+        ("files", len(files)),
+        ("tensors", len(plan.tensors)),
+        ("bytes", plan.file_bytes),
+        ("bytes copied", copied),
+        ("bytes computed", plan.nbytes - copied),
+        ("bytes free on disk", free),
+        ("fingerprint", plan.fingerprint),
+    ]
+    output.emit_table(("what", "value"), rows, title="Plan")
+    if plan.file_bytes > free:
+        output.warn("The disk is too small for this.")
