@@ -41,6 +41,17 @@ class Dispatch:
         return self.row // self.top_k
 
     @property
+    def in_use(self) -> Tensor:
+        """[S]; whether each place is in use."""
+        return torch.arange(len(self.row), device=self.row.device) < self.offsets[-1]
+
+    @property
+    def expert(self) -> Tensor:
+        """[S] int64; the expert of each place, the last one where none is."""
+        place = torch.arange(len(self.row), dtype=self.offsets.dtype, device=self.row.device)
+        return torch.searchsorted(self.offsets[1:], place, right=True).clamp(max=self.num_experts - 1)
+
+    @property
     def num_experts(self) -> int:
         """E."""
         return len(self.offsets) - 1

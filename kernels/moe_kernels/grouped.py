@@ -73,10 +73,10 @@ def _linear(
 
         line = tuning.choose(target.of(x), len(row), plan.num_experts)
         y, _ = experts.grouped(x, weight_END, plan, line["down"], bias=bias_EN, gather=gather)
-        return torch.where(_in_use(plan)[:, None], y, 0.0)
+        return torch.where(plan.in_use[:, None], y, 0.0)
     y = cpu.grouped_mm(x[plan.token.long()] if gather else x, weight_END, offsets, len(row))
     if bias_EN is not None:
-        y += torch.where(_in_use(plan)[:, None], bias_EN[_expert(plan)], 0.0)
+        y += torch.where(plan.in_use[:, None], bias_EN[plan.expert], 0.0)
     return y
 
 
@@ -97,7 +97,7 @@ def _linear_backward(
         if gather:
             dx = combine(rows, plan, None, torch.empty_like(x, memory_format=torch.contiguous_format))
         else:
-            dx = torch.where(_in_use(plan)[:, None], rows, 0.0)
+            dx = torch.where(plan.in_use[:, None], rows, 0.0)
         return dx, dw, x.new_empty(0) if dbias is None else dbias
     token = plan.token.long()
     rows = cpu.grouped_mm(dy_SN, weight_END.mT, offsets, len(row))
@@ -105,8 +105,8 @@ def _linear_backward(
     dx = torch.zeros_like(x).index_add_(0, token, rows) if gather else rows
     if bias_EN is None:
         return dx, dw, x.new_empty(0)
-    used = torch.where(_in_use(plan)[:, None], dy_SN, 0.0)
-    return dx, dw, torch.zeros_like(bias_EN).index_add_(0, _expert(plan), used)
+    used = torch.where(plan.in_use[:, None], dy_SN, 0.0)
+    return dx, dw, torch.zeros_like(bias_EN).index_add_(0, plan.expert, used)
 
 
 def _combine(
@@ -130,7 +130,7 @@ def _combine_backward(
     """Gradients to the rows and to the weights."""
     plan = Dispatch(offsets, row, inverse, schedule, n_blocks, weight_TK.shape[1], 0)
     wide = torch.float64 if y_SD.dtype == torch.float64 else torch.float32
-    used = _in_use(plan)
+    used = plan.in_use
     source = torch.where(used, row, 0).long()
     dout_SD = dout_TD[source // plan.top_k].to(wide)
     dy = torch.where(used[:, None], dout_SD * weight_TK.reshape(-1)[source, None].to(wide), 0.0)
@@ -140,17 +140,6 @@ def _combine_backward(
 
 def _by_choice(rows: Tensor, inverse: Tensor) -> Tensor:
     return torch.where((inverse >= 0)[:, None], rows[inverse.clamp(min=0).long()], 0.0)
-
-
-def _in_use(plan: Dispatch) -> Tensor:
-    """[S]; whether a place is in use."""
-    return torch.arange(len(plan.row), device=plan.row.device) < plan.offsets[-1]
-
-
-def _expert(plan: Dispatch) -> Tensor:
-    """[S]; the expert of each place, the last one where none is."""
-    place = torch.arange(len(plan.row), dtype=plan.offsets.dtype, device=plan.row.device)
-    return torch.searchsorted(plan.offsets[1:], place, right=True).clamp(max=plan.num_experts - 1)
 
 
 def _keep_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -83,10 +83,10 @@ def backward(
     weight = weight_TK.contiguous()
     with target.on(x_TD):
         gemm.activation_kernel[(plan.most_blocks * tiles,)](
-            dout_TD, down_EDF, down_bias_ED, h_SG, weight, dh_SG, a_SF, share,
+            dout_TD, down_EDF, h_SG, weight, dh_SG, a_SF, share,
             plan.offsets, plan.row, plan.schedule, plan.n_blocks,
-            *dout_TD.stride(), down_EDF.stride(0), down_EDF.stride(2), down_EDF.stride(1), *strides(down_bias_ED),
-            width, down_EDF.shape[1], plan.top_k, *halves(width, activation, interleaved), down_bias_ED is not None,
+            *dout_TD.stride(), down_EDF.stride(0), down_EDF.stride(2), down_EDF.stride(1),
+            width, down_EDF.shape[1], plan.top_k, *halves(width, activation, interleaved),
             *constants(activation), **options(line_dact), GROUP_M=line_dact.group_m, CHUNK=min(32, line_dact.block_n),
         )  # fmt: skip
     ddown, ddown_bias = grouped_outer(
@@ -95,7 +95,11 @@ def backward(
     rows_SD, _ = grouped(dh_SG, gate_up_EGD.mT, plan, line["dx"])
     dx_TD = combine(rows_SD, plan, None, torch.empty_like(x_TD, memory_format=torch.contiguous_format))
     dgate_up, dgate_up_bias = grouped_outer(dh_SG, x_TD, plan, line["dw"], gate_up_EGD, gate_up_bias_EG, gather="b")
-    dweight = by_choice(share.sum(1), plan).view_as(weight_TK).to(weight_TK.dtype)
+    dweight_S = share.sum(1)
+    if down_bias_ED is not None:
+        token = torch.where(plan.in_use, plan.token, 0)
+        dweight_S += (dout_TD.float() @ down_bias_ED.float().T)[token, plan.expert]
+    dweight = by_choice(dweight_S, plan).view_as(weight_TK).to(weight_TK.dtype)
     return dx_TD, dgate_up, ddown, dweight, dgate_up_bias, ddown_bias
 
 

@@ -138,9 +138,9 @@ def forward_kernel(
 
 @triton.jit
 def activation_kernel(
-    dy_ptr, w_ptr, bias_ptr, h_ptr, weight_ptr, dh_ptr, a_ptr, dweight_ptr, offsets_ptr, row_ptr, schedule_ptr,
-    n_blocks_ptr, stride_ym, stride_yk, stride_we, stride_wn, stride_wk, stride_be, stride_bk,
-    N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, STEP: tl.constexpr, OTHER: tl.constexpr, BIAS: tl.constexpr,
+    dy_ptr, w_ptr, h_ptr, weight_ptr, dh_ptr, a_ptr, dweight_ptr, offsets_ptr, row_ptr, schedule_ptr,
+    n_blocks_ptr, stride_ym, stride_yk, stride_we, stride_wn, stride_wk,
+    N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, STEP: tl.constexpr, OTHER: tl.constexpr,
     KIND: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -160,13 +160,6 @@ def activation_kernel(
     dy_ptrs = dy_ptr + (row // TOP_K).to(tl.int64)[:, None] * stride_ym
     w_ptrs = w_ptr + expert * stride_we + n.to(tl.int64)[None, :] * stride_wn
     share = tl.zeros([BLOCK_M], tl.float32)
-    if BIAS:
-        if column == 0:
-            for first_k in tl.range(0, K, BLOCK_K, num_stages=1):
-                k = first_k + tl.arange(0, BLOCK_K)
-                dy = tl.load(dy_ptrs + k[None, :] * stride_yk, mask=(k < K)[None, :], other=0.0).to(tl.float32)
-                bias = tl.load(bias_ptr + expert * stride_be + k * stride_bk, mask=k < K, other=0.0).to(tl.float32)
-                share += tl.sum(dy * bias[None, :], axis=1)
     zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     da, _ = product(
         zeros, zeros, dy_ptrs, w_ptrs, 0, stride_yk, stride_wk, columns, K, False, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION

@@ -33,9 +33,7 @@ def arguments(case: Case) -> tuple[object, ...]:
     return (t["x"], t["gate_up"], t["down"], inputs.index, t["weight"], *biases, *said, True)
 
 
-@pytest.mark.parametrize(
-    "case", [Case(), Case(bias=True, activation=GPT_OSS, interleaved=True)]
-)
+@pytest.mark.parametrize("case", [Case(), Case(bias=True, activation=GPT_OSS, interleaved=True)])
 def test_experts(case: Case) -> None:
     torch.library.opcheck(experts._operator, arguments(case), test_utils=CHECKS)
 
