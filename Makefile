@@ -17,6 +17,7 @@ check: .venv/installed
 	$(BIN)/lint-imports
 	$(BIN)/python completions/generate.py --check
 	$(BIN)/python docs/generate.py --check
+	$(BIN)/moectl bench report benchmarks/results/layer-cpu.json --check README.md
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/upcycle.py

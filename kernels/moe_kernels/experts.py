@@ -43,7 +43,7 @@ def expert_mlp(
     same input gives the same bits on every run.
 
     Args:
-        x_TD: tokens [T, D]; computed with in the type of the matrices.
+        x_TD: tokens [T, D]; computed with in the type of the matrices, or in autocast's where they are float32.
         gate_up: up-projections [E, G, D], gate rows first; `interleaved`: gate and up rows alternate.
         down: down-projections [E, D, F].
         index_TK: chosen experts [T, K], integers; an id outside 0..E-1 is another rank's and adds nothing, also to
@@ -62,7 +62,12 @@ def expert_mlp(
     """
     if transposed:
         gate_up, down = gate_up.mT, down.mT
-    x = x_TD if x_TD.dtype == gate_up.dtype else x_TD.to(gate_up.dtype)
+    dtype, kind = gate_up.dtype, x_TD.device.type
+    if dtype == torch.float32 and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        gate_up, down = gate_up.to(dtype), down.to(dtype)
+        gate_up_bias, down_bias = (None if bias is None else bias.to(dtype) for bias in (gate_up_bias, down_bias))
+    x = x_TD if x_TD.dtype == dtype else x_TD.to(dtype)
     if not isinstance(activation, Activation) or post_norm is not None:
         return composed(
             x, gate_up, down, index_TK, weight_TK, activation, gate_up_bias, down_bias, interleaved, post_norm

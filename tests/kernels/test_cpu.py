@@ -276,3 +276,23 @@ def test_packing_refuses_what_onednn_has_no_product_for() -> None:
         cpu.pack(case.gate_up, case.down)
     with pytest.raises(ValueError, match="meta"):
         cpu.pack(case.gate_up.to("meta"), case.down.to("meta"))
+
+
+def test_autocast_computes_in_its_type_as_torch_does() -> None:
+    """float32 matrices under autocast: the same rounding as torch's own linear layers have, gradients in float32."""
+    generator = torch.Generator().manual_seed(0)
+    x, gate_up, down, weight = (
+        torch.randn(*shape, generator=generator).requires_grad_()
+        for shape in ((9, 16), (4, 24, 16), (4, 16, 12), (9, 2))
+    )
+    index = torch.rand(9, 4, generator=generator).topk(2).indices
+    plain = expert_mlp(x, gate_up, down, index, weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = expert_mlp(x, gate_up, down, index, weight)
+    assert found.dtype == torch.float32
+    half = [tensor.detach().bfloat16() for tensor in (x, gate_up, down)]
+    assert torch.equal(found, expert_mlp(*half, index, weight).float())
+    assert 1e-4 < float((found - plain).norm() / plain.norm()) < 2e-2
+    for gradient in torch.autograd.grad(found.sum(), (x, gate_up, down, weight)):
+        assert gradient.dtype == torch.float32
+        assert gradient.isfinite().all()
