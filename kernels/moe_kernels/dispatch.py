@@ -72,7 +72,7 @@ def dispatch(index_TK: Tensor, num_experts: int, block_m: int = 128) -> Dispatch
         from moe_kernels.gpu.dispatch import launch
 
         return launch(index_TK, num_experts, block_m)
-    flat = index_TK.reshape(-1)
+    flat = index_TK.reshape(-1).long()
     key = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)
     row = key.argsort(stable=True)
     offsets = torch.zeros(num_experts + 1, dtype=torch.int32, device=flat.device)

@@ -20,7 +20,7 @@ from torch import Tensor
 from moe_kernels import cpu, target
 from moe_kernels.activations import SWIGLU, Activation
 from moe_kernels.dispatch import SMALLEST_BLOCK, Dispatch
-from moe_kernels.grouped import composed
+from moe_kernels.grouped import block_of, composed
 
 
 def expert_mlp(
@@ -59,6 +59,7 @@ def expert_mlp(
 
     Raises:
         ImportError: the tensors are on a GPU and Triton is not installed.
+        ValueError: they are on a GPU and float64.
     """
     if transposed:
         gate_up, down = gate_up.mT, down.mT
@@ -144,18 +145,19 @@ def backward(
     alpha: float,
     offset: float,
     interleaved: bool,
+    need_x: bool,
+    need_gate_up: bool,
+    need_down: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to x, gate_up, down, the routing weights and the biases (empty where there is none)."""
-    from moe_kernels.grouped import block_of
-
+    """Gradients to x, gate_up, down, the routing weights and the biases; empty where none is needed or can be."""
     plan = Dispatch(offsets, row, inverse, schedule, n_blocks, weight_TK.shape[1], block_of(x_TD, row, offsets))
     activation = Activation(kind, gated, limit, alpha, offset)
-    *gradients, dgate_up_bias, ddown_bias = implementation(x_TD).backward(
-        dy_TD, x_TD, h_SG, gate_up, down, weight_TK, gate_up_bias, down_bias, plan, activation, interleaved
+    needs = (need_x, need_gate_up, need_down)
+    gradients = implementation(x_TD).backward(
+        dy_TD, x_TD, h_SG, gate_up, down, weight_TK, gate_up_bias, down_bias, plan, activation, interleaved, needs
     )
-    none = x_TD.new_empty(0)
-    biases = (none if dgate_up_bias is None else dgate_up_bias, none.clone() if ddown_bias is None else ddown_bias)
-    return (*gradients, *biases)
+    dx, dgate_up, ddown, dweight, *biases = (x_TD.new_empty(0) if one is None else one for one in gradients)
+    return dx, dgate_up, ddown, dweight, biases[0], biases[1]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -167,11 +169,15 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _gradients(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
     x, gate_up, down, weight, gate_up_bias, down_bias, h, *plan = ctx.saved_tensors
+    need_x, need_up, need_down, _, _, need_up_bias, need_down_bias, *_ = ctx.needs_input_grad
+    needs = (need_x, need_up or need_up_bias, need_down or need_down_bias)
     dx, dgate_up, ddown, dweight, dgate_up_bias, ddown_bias = _backward_operator(
-        upstream[0].contiguous(), x, h, gate_up, down, weight, gate_up_bias, down_bias, *plan, *ctx.said
+        upstream[0].contiguous(), x, h, gate_up, down, weight, gate_up_bias, down_bias, *plan, *ctx.said, *needs
     )
-    biases = (None if gate_up_bias is None else dgate_up_bias, None if down_bias is None else ddown_bias)
-    return (dx, dgate_up, ddown, None, dweight, *biases, *(None,) * (len(ctx.said) + 1))
+    weights = (dx if needs[0] else None, dgate_up if needs[1] else None, ddown if needs[2] else None, None, dweight)
+    up_bias = dgate_up_bias if needs[1] and gate_up_bias is not None else None
+    down_bias_gradient = ddown_bias if needs[2] and down_bias is not None else None
+    return (*weights, up_bias, down_bias_gradient, *(None,) * (len(ctx.said) + 1))
 
 
 class _Experts(torch.autograd.Function):
@@ -233,8 +239,12 @@ def _(
     dy_TD: Tensor, x_TD: Tensor, h_SG: Tensor, gate_up: Tensor, down: Tensor, weight_TK: Tensor,
     gate_up_bias: Tensor | None, down_bias: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    same = torch.empty_like
-    none = x_TD.new_empty(0)
-    contiguous = [same(x, memory_format=torch.contiguous_format) for x in (x_TD, weight_TK)]
-    biases = [none.clone() if bias is None else same(bias) for bias in (gate_up_bias, down_bias)]
-    return (contiguous[0], same(gate_up), same(down), contiguous[1], *biases)
+    need_x, need_up, need_down = rest[-3:]
+
+    def like(tensor: Tensor | None, needed: bool, **options: Any) -> Tensor:
+        return torch.empty_like(tensor, **options) if needed and tensor is not None else x_TD.new_empty(0)
+
+    dx = like(x_TD, need_x, memory_format=torch.contiguous_format)
+    dweight = like(weight_TK, True, memory_format=torch.contiguous_format)
+    biases = like(gate_up_bias, need_up), like(down_bias, need_down)
+    return (dx, like(gate_up, need_up), like(down, need_down), dweight, *biases)

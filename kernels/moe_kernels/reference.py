@@ -68,7 +68,7 @@ def dispatch(index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor
     Expert e has the places offsets[e]..offsets[e+1]; row[place] = t*K + k; inverse[t*K + k] = place, or -1 where the
     id is not one of 0..E-1. Places from offsets[E] on are not in use, and `row` holds the dropped rows there.
     """
-    flat = index_TK.reshape(-1)
+    flat = index_TK.reshape(-1).long()
     kept = (flat >= 0) & (flat < num_experts)
     key = torch.where(kept, flat, num_experts)
     row = key.argsort(stable=True)

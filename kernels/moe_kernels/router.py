@@ -31,11 +31,14 @@ def route(
     gradient, for it never enters a weight.
 
     Raises:
-        ValueError: an unknown score, or groups that do not divide the experts or hold fewer than `top_k` of them.
+        ValueError: an unknown score, or groups that do not divide the experts, hold fewer than `top_k` of them, or are
+            too small for their score.
     """
     experts = logits_TE.shape[1]
     if score not in ("softmax", "sigmoid") or group_score not in ("top2", "max"):
         raise ValueError(f"score {score!r} is softmax or sigmoid, group_score {group_score!r} is top2 or max")
+    if groups > 1 and group_score == "top2" and experts == groups:
+        raise ValueError("a group of one expert has no two best scores: use group_score='max'")
     if experts % groups or not 1 <= top_groups <= groups or not 1 <= top_k <= experts // groups * top_groups:
         raise ValueError(f"top {top_k} of {experts} experts in {top_groups} of {groups} groups cannot be chosen")
     if not target.uses_triton(logits_TE):

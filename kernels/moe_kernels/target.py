@@ -11,8 +11,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-SHARED_MEMORY = {"sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448}
-"""Bytes of shared memory one block may use (CUDA C++ programming guide, table of technical specifications)."""
+SHARED_MEMORY = {"sm_80": 101_376, "sm_90": 232_448, "sm_100": 232_448}
+"""Tables of launch choices, and the bytes of shared memory a block may use with them (CUDA C++ programming guide, table
+of technical specifications). sm_80's is for all that have no table of their own, so it keeps to the least of theirs."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ def uses_triton(tensor: Tensor) -> bool:
     Raises:
         ImportError: the tensor is on a GPU and Triton is not installed.
     """
-    if tensor.device.type == "cpu":
-        return interpreting()
+    if not tensor.is_cuda:
+        return tensor.device.type == "cpu" and interpreting()
     if not has_triton():
         raise ImportError("Expert kernels on a GPU need Triton: pip install triton, or choose another implementation.")
     return True
@@ -59,9 +60,9 @@ def of(tensor: Tensor) -> Target:
 
 @cache
 def _cuda(index: int) -> Target:
-    major, minor = torch.cuda.get_device_capability(index)
-    known = [arch for arch in SHARED_MEMORY if arch_number(arch) <= 10 * major + minor]
-    return Target(known[-1] if known else "sm_80", torch.cuda.get_device_name(index))
+    major, _ = torch.cuda.get_device_capability(index)
+    arch = {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")
+    return Target(arch, torch.cuda.get_device_name(index))
 
 
 def arch_number(arch: str) -> int:
@@ -70,8 +71,8 @@ def arch_number(arch: str) -> int:
 
 
 def float32_precision() -> str:
-    """How a dot of float32 is done, as `torch.set_float32_matmul_precision` says: "ieee" or "tf32"."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """How a dot of float32 is done, as torch's own matrix products are told: "ieee" or "tf32"."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def on(tensor: Tensor) -> AbstractContextManager[object]:

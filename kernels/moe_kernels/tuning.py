@@ -44,7 +44,7 @@ class Launch:
         """The choice for elements of `itemsize` bytes: products of float32 hold their operands in registers too."""
         if itemsize == 2:
             return self
-        return replace(self, block_n=min(self.block_n, 32), block_k=min(self.block_k, 32))
+        return replace(self, block_n=min(self.block_n, 32), block_k=16)
 
 
 @dataclass(frozen=True)

@@ -34,16 +34,26 @@ def backward(
     plan: Dispatch,
     activation: Activation,
     interleaved: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients to x, gate_up, down, the routing weights, and the two biases (None where there is none)."""
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """Gradients to x, gate_up, down, the routing weights, and the two biases.
+
+    `needs` says whether those to x, to gate_up with its bias, and to down with its bias are wanted; what is not, or has
+    no bias, is None.
+    """
     grouping = Grouping.from_dispatch(plan)
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     few = grouping.rows <= SINGLE_ROWS
     up, down = Matrices(gate_up_EGD.mT, few=few), Matrices(down_EDF.mT, few=few)
-    dgate_up, ddown = torch.empty_like(gate_up_EGD), torch.empty_like(down_EDF)
-    dgate_up_each, ddown_each = (dgate_up, ddown) if few else (dgate_up.unbind(0), ddown.unbind(0))
-    dgate_up_bias, ddown_bias = (None if b is None else torch.zeros_like(b) for b in (gate_up_bias_EG, down_bias_ED))
-    dx_SD = x_TD.new_empty(grouping.rows, x_TD.shape[1])
+    dgate_up, ddown = (
+        torch.empty_like(weight) if need else None
+        for weight, need in zip((gate_up_EGD, down_EDF), needs[1:], strict=True)
+    )
+    dgate_up_bias, ddown_bias = (
+        torch.zeros_like(bias) if need and bias is not None else None
+        for bias, need in zip((gate_up_bias_EG, down_bias_ED), needs[1:], strict=True)
+    )
+    dx_SD = x_TD.new_empty(grouping.rows if needs[0] else 0, x_TD.shape[1])
     dx_SD[grouping.bounds[-1] :] = 0
     weight_S = weight_TK.reshape(-1)[grouping.row].to(wide)
     dweight_S = torch.zeros_like(weight_S)
@@ -59,23 +69,28 @@ def backward(
         a_nF = activation(h_nG, interleaved)
         dweight_S[place] = (da_nF * a_nF).sum(-1)
         dh_nG = activation.backward(h_nG, da_nF.mul_(weight_n1), interleaved).to(x_TD.dtype)
-        outer_products(first, counts, dy_nD, a_nF.mul_(weight_n1).to(x_TD.dtype), ddown_each)
-        outer_products(first, counts, dh_nG, x_nD, dgate_up_each)
-        up.products(first, counts, dh_nG, dx_SD[place])
+        if ddown is not None:
+            outer_products(first, counts, dy_nD, a_nF.mul_(weight_n1).to(x_TD.dtype), ddown)
+        if dgate_up is not None:
+            outer_products(first, counts, dh_nG, x_nD, dgate_up)
+        if needs[0]:
+            up.products(first, counts, dh_nG, dx_SD[place])
         if gate_up_bias_EG is None and down_bias_ED is None:
             continue
         expert_n = torch.repeat_interleave(torch.arange(first, experts.stop), torch.tensor(counts))
-        if down_bias_ED is not None and ddown_bias is not None:
-            dy_wide = dy_nD.to(wide)
+        dy_wide = dy_nD.to(wide)
+        if down_bias_ED is not None:
             dweight_S[place] += (dy_wide * down_bias_ED[expert_n]).sum(-1)
+        if ddown_bias is not None:
             ddown_bias[experts] = _sum_by_expert(dy_wide * weight_n1, expert_n - first, len(counts))
         if dgate_up_bias is not None:
             dgate_up_bias[experts] = _sum_by_expert(dh_nG.to(wide), expert_n - first, len(counts))
-    for idle in (dgate_up, ddown):
-        clear_idle(idle, sizes(grouping.bounds))
+    for gradient in (dgate_up, ddown):
+        if gradient is not None:
+            clear_idle(gradient, sizes(grouping.bounds))
     dweight = torch.empty_like(dweight_S)
     dweight[grouping.row] = dweight_S
-    dx_TD = grouping.combine(dx_SD, None)
+    dx_TD = grouping.combine(dx_SD, None) if needs[0] else None
     return dx_TD, dgate_up, ddown, dweight.view_as(weight_TK).to(weight_TK.dtype), dgate_up_bias, ddown_bias
 
 

@@ -140,7 +140,7 @@ class Grouping:
     @classmethod
     def of(cls, index_TK: Tensor, experts: int) -> Grouping:
         """A stable sort of the ids; those outside 0..E-1 come last."""
-        flat = index_TK.reshape(-1)
+        flat = index_TK.reshape(-1).long()
         key, row = torch.where((flat >= 0) & (flat < experts), flat, experts).sort(stable=True)
         bounds = torch.searchsorted(key, torch.arange(experts + 1, dtype=key.dtype))
         return cls(row, bounds.tolist(), index_TK.shape[1])

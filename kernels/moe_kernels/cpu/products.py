@@ -115,18 +115,16 @@ def grouped_outer(dy_SN: Tensor, x_SD: Tensor, offsets: Tensor, weight_like_END:
     """
     bounds = offsets.tolist()
     dweight_END = torch.empty_like(weight_like_END)
-    outer_products(0, sizes(bounds), dy_SN[: bounds[-1]], x_SD[: bounds[-1]], dweight_END.unbind(0))
+    outer_products(0, sizes(bounds), dy_SN[: bounds[-1]], x_SD[: bounds[-1]], dweight_END)
     clear_idle(dweight_END, sizes(bounds))
     return dweight_END
 
 
-def outer_products(
-    first: int, sizes: Sequence[int], dy_SN: Tensor, x_SD: Tensor, dweight: Tensor | Sequence[Tensor]
-) -> None:
-    """dweight[e] = dy_e^T x_e for neighbouring experts, from `first` on, with `sizes` rows each, if any."""
+def outer_products(first: int, sizes: Sequence[int], dy_SN: Tensor, x_SD: Tensor, dweight_END: Tensor) -> None:
+    """dweight_e = dy_e^T x_e for neighbouring experts, from `first` on, with `sizes` rows each, if any."""
     for expert, (n, dy, x) in enumerate(zip(sizes, dy_SN.split(sizes), x_SD.split(sizes), strict=True), first):
         if n:
-            torch.mm(dy.T, x, out=dweight[expert])
+            torch.mm(dy.T, x, out=dweight_END[expert])
 
 
 def clear_idle(dweight_END: Tensor, sizes: Sequence[int]) -> None:

@@ -50,7 +50,8 @@ def forward(
     index, weight = index_TK.contiguous(), weight_TK.contiguous()
     a_SF = x_TD.new_empty(tokens * top_k, width)
     out_TD = x_TD.new_empty(tokens, hidden)
-    block_n, block_k = (16, 64) if target.interpreting() else (8, 512)
+    along = (8, 512) if gate_up_EGD.stride(2) == 1 else (64, 64)  # whole sectors of memory either way
+    block_n, block_k = (16, 64) if target.interpreting() else along
     with target.on(x_TD):
         up_kernel[(tokens * top_k, triton.cdiv(width, block_n))](
             x_TD, gate_up_EGD, gate_up_bias_EG, index, a_SF,

@@ -64,8 +64,8 @@ def launch(index_TK: Tensor, num_experts: int, block_m: int) -> Dispatch:
 def read_ids(index_ptr, first, rows, E: tl.constexpr, IDS: tl.constexpr):
     """The expert ids of a block; E for those that nobody here takes."""
     s = first + tl.arange(0, IDS)
-    ids = tl.load(index_ptr + s, mask=s < rows, other=-1).to(tl.int32)
-    return tl.where((ids >= 0) & (ids < E), ids, E)
+    ids = tl.load(index_ptr + s, mask=s < rows, other=-1).to(tl.int64)
+    return tl.where((ids >= 0) & (ids < E), ids, E).to(tl.int32)
 
 
 @triton.jit

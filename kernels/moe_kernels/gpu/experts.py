@@ -43,8 +43,14 @@ def forward(
     interleaved: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor | None, Dispatch | None]:
-    """out [T, D], the up-projection h [S, G] by place (None unless `save`), and the dispatch (None if decoding)."""
+    """out [T, D], the up-projection h [S, G] by place (None unless `save`), and the dispatch (None if decoding).
+
+    Raises:
+        ValueError: the tensors are float64.
+    """
     experts, _, hidden = gate_up_EGD.shape
+    if x_TD.dtype == torch.float64:
+        raise ValueError("float64 experts have no kernels: use moe_kernels.reference, or the CPU")
     if not save and decode.fits(len(index_TK), index_TK.shape[1], experts):
         return decode.forward(
             x_TD, gate_up_EGD, down_EDF, index_TK, weight_TK, gate_up_bias_EG, down_bias_ED, activation, interleaved
@@ -72,8 +78,13 @@ def backward(
     plan: Dispatch,
     activation: Activation,
     interleaved: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients to x, gate_up, down, the routing weights, and the two biases (None where there is none)."""
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """Gradients to x, gate_up, down, the routing weights, and the two biases.
+
+    `needs` says whether those to x, to gate_up with its bias, and to down with its bias are wanted; what is not, or has
+    no bias, is None.
+    """
     line = tuning.choose(target.of(x_TD), len(plan.row), plan.num_experts)
     line_dact = line["dact"].fitted(x_TD.element_size())
     rows, width = len(plan.row), down_EDF.shape[2]
@@ -87,14 +98,19 @@ def backward(
             plan.offsets, plan.row, plan.schedule, plan.n_blocks,
             *dout_TD.stride(), down_EDF.stride(0), down_EDF.stride(2), down_EDF.stride(1),
             width, down_EDF.shape[1], plan.top_k, *halves(width, activation, interleaved),
-            *constants(activation), **options(line_dact), GROUP_M=line_dact.group_m, CHUNK=min(32, line_dact.block_n),
+            *constants(activation), **options(line_dact, x_TD),
+            GROUP_M=line_dact.group_m, CHUNK=min(32, line_dact.block_n),
         )  # fmt: skip
-    ddown, ddown_bias = grouped_outer(
-        dout_TD, a_SF, plan, line["dw"], down_EDF, down_bias_ED, gather="a", weight_TK=weight
-    )
-    rows_SD, _ = grouped(dh_SG, gate_up_EGD.mT, plan, line["dx"])
-    dx_TD = combine(rows_SD, plan, None, torch.empty_like(x_TD, memory_format=torch.contiguous_format))
-    dgate_up, dgate_up_bias = grouped_outer(dh_SG, x_TD, plan, line["dw"], gate_up_EGD, gate_up_bias_EG, gather="b")
+    dx_TD = ddown = ddown_bias = dgate_up = dgate_up_bias = None
+    if needs[2]:
+        ddown, ddown_bias = grouped_outer(
+            dout_TD, a_SF, plan, line["dw"], down_EDF, down_bias_ED, gather="a", weight_TK=weight
+        )
+    if needs[0]:
+        rows_SD, _ = grouped(dh_SG, gate_up_EGD.mT, plan, line["dx"])
+        dx_TD = combine(rows_SD, plan, None, torch.empty_like(x_TD, memory_format=torch.contiguous_format))
+    if needs[1]:
+        dgate_up, dgate_up_bias = grouped_outer(dh_SG, x_TD, plan, line["dw"], gate_up_EGD, gate_up_bias_EG, gather="b")
     dweight_S = share.sum(1)
     if down_bias_ED is not None:
         token = torch.where(plan.in_use, plan.token, 0)
@@ -129,7 +145,7 @@ def grouped(
             x, weight_ENK, bias, y, h, plan.offsets, plan.row, plan.schedule, plan.n_blocks,
             *x.stride(), *weight_ENK.stride(), *strides(bias),
             width, weight_ENK.shape[2], plan.top_k, *halves(width, activation, interleaved),
-            gather, bias is not None, save, *constants(activation), **options(launch), GROUP_M=launch.group_m,
+            gather, bias is not None, save, *constants(activation), **options(launch, x), GROUP_M=launch.group_m,
         )  # fmt: skip
     return y, h
 
@@ -158,7 +174,7 @@ def grouped_outer(
         gemm.weight_kernel[grid](
             a, b, dw, dbias, weight_TK, plan.offsets, plan.row, *a.stride(), *b.stride(), *dw.stride(),
             outputs, inputs, plan.top_k, gather == "a", gather == "b", dbias is not None, weight_TK is not None,
-            **options(launch),
+            **options(launch, a),
         )  # fmt: skip
     return dw, dbias
 
@@ -178,13 +194,14 @@ def constants(activation: Activation) -> tuple[Any, ...]:
     return activation.kind, activation.gated, activation.limit, activation.alpha, activation.offset
 
 
-def options(launch: tuning.Launch) -> dict[str, Any]:
+def options(launch: tuning.Launch, x: Tensor) -> dict[str, Any]:
     """The tile, the precision of float32 dots, and Triton's own options."""
+    precision = target.float32_precision() if x.dtype == torch.float32 else "ieee"
     return {
         "BLOCK_M": launch.block_m,
         "BLOCK_N": launch.block_n,
         "BLOCK_K": launch.block_k,
-        "PRECISION": target.float32_precision(),
+        "PRECISION": precision,
         "num_warps": launch.warps,
         "num_stages": launch.stages,
     }

@@ -76,10 +76,17 @@ def test_no_tokens_and_strides() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"score": "cosine"}, {"groups": 5}, {"groups": 4, "top_groups": 1}, {"group_score": "median"}]
+    "options",
+    [
+        {"score": "cosine"},
+        {"groups": 5},
+        {"groups": 4, "top_groups": 1},
+        {"group_score": "median"},
+        {"groups": 12, "top_groups": 6},
+    ],
 )
 def test_what_cannot_be_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"score|experts"):
+    with pytest.raises(ValueError, match=r"score|experts|group"):
         route(torch.zeros(2, 12), 4, **options)
 
 
