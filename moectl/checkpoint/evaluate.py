@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, groupby
 
 import ml_dtypes
 import numpy as np
@@ -28,10 +28,12 @@ from moectl.checkpoint.expressions import (
     Mean,
     Noise,
     Redraw,
+    RowMean,
     Scale,
     Shuffle,
     Slice,
     Stack,
+    Uniform,
     cut,
     extents,
     leaves,
@@ -131,7 +133,9 @@ class _Evaluator:
             case Index(dim=0, index=tuple(wanted)):
                 return self._gather(x.x, wanted[start:stop])
             case Index():
-                return np.take(self.rows(x.x, rows), x.index, axis=x.dim)
+                whole = self._stored_rows(x.x, rows)  # few of many columns: choose first, widen then
+                whole = self.rows(x.x, rows) if whole is None else whole
+                return np.take(whole, x.index, axis=x.dim).astype(np.float64)
             case Stack():
                 parts = x.parts[start:stop]
                 return np.stack([self.rows(part, (0, shape[1] if len(shape) > 1 else 1)) for part in parts])
@@ -143,6 +147,9 @@ class _Evaluator:
                 weights = x.weights or (1.0,) * len(x.parts)
                 total = sum(weight * self.rows(part, rows) for part, weight in zip(x.parts, weights, strict=True))
                 return np.asarray(total) / math.fsum(weights)
+            case RowMean():
+                total = sum(values.sum(axis=0, keepdims=True) for values in self.chunks(x.x))
+                return np.asarray(total)[start:stop] / shape_of(x.x, self.sources)[0]
             case Scale():
                 return x.factor * self.rows(x.x, rows)
             case AddLowRank():
@@ -162,6 +169,9 @@ class _Evaluator:
             case Init():
                 draws = normal(self.seed, x.key, start * size, stop * size)
                 return x.std * draws.reshape(stop - start, *shape[1:])
+            case Uniform():
+                draws = uniform(self.seed, x.key, start * size, stop * size)
+                return x.bound * (2 * draws - 1).reshape(stop - start, *shape[1:])
             case Literal():
                 return np.full((stop - start, *shape[1:]), x.value)
             case Dequantise():
@@ -236,7 +246,14 @@ class _Evaluator:
         return np.frombuffer(raw, numpy_dtype(dtype)).reshape(stop - start, *shape[1:])
 
     def _gather(self, x: Expression, wanted: Iterable[int]) -> np.ndarray:
-        return np.concatenate([self.rows(x, (int(i), int(i) + 1)) for i in wanted])
+        stored = self._stored(x)
+        if stored is None:
+            return np.concatenate([self.rows(x, (int(i), int(i) + 1)) for i in wanted])
+        dtype, ranges = stored
+        shape = shape_of(x, self.sources)
+        item = ITEM_BYTES[dtype] * math.prod(shape[1:])
+        raw = _read([extent for i in wanted for extent in cut(ranges, int(i) * item, (int(i) + 1) * item)])
+        return np.frombuffer(raw, numpy_dtype(dtype)).reshape(-1, *shape[1:]).astype(np.float64)
 
     def _redrawn(self, x: Redraw, shape: tuple[int, ...], rows: Rows) -> np.ndarray:
         """Which elements of some rows are replaced: booleans that broadcast to [stop - start, *shape[1:]]."""
@@ -286,13 +303,13 @@ class _Evaluator:
 
 def _read(ranges: Sequence[Extent]) -> bytes:
     pieces = []
-    for extent in ranges:
-        descriptor = os.open(extent.file, os.O_RDONLY | os.O_CLOEXEC)
+    for file, extents_of_file in groupby(ranges, key=lambda extent: extent.file):
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            piece = os.pread(descriptor, extent.nbytes, extent.offset)
+            for extent in extents_of_file:
+                pieces.append(os.pread(descriptor, extent.nbytes, extent.offset))
+                if len(pieces[-1]) != extent.nbytes:
+                    raise changed(file, "ended while it was read")
         finally:
             os.close(descriptor)
-        if len(piece) != extent.nbytes:
-            raise changed(extent.file, "ended while it was read")
-        pieces.append(piece)
     return b"".join(pieces)

@@ -1,7 +1,7 @@
 """What one output tensor is made of: a small tree over source tensors, plain data from end to end.
 
-    expression := Copy | Index | Slice | Concat | Stack | Mean | Scale | AddLowRank
-                | Noise | Shuffle | Redraw | Init | Literal
+    expression := Copy | Index | Slice | Concat | Stack | Mean | RowMean | Scale | AddLowRank
+                | Noise | Shuffle | Redraw | Init | Uniform | Literal
                 | Dequantise
 
 An expression knows its shape before any weight is read, serialises to JSON, and is either a list of byte
@@ -74,6 +74,13 @@ class Mean:
 
 
 @dataclass(frozen=True, slots=True)
+class RowMean:
+    """The mean of the rows of `x`, as its only row; computed in float64."""
+
+    x: Expression
+
+
+@dataclass(frozen=True, slots=True)
 class Scale:
     """`factor * x`."""
 
@@ -135,6 +142,15 @@ class Init:
 
 
 @dataclass(frozen=True, slots=True)
+class Uniform:
+    """Values uniform on [-bound, bound) of a given shape, the draws fixed by (plan seed, key)."""
+
+    shape: Shape
+    bound: float
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
 class Literal:
     """A tensor filled with one value."""
 
@@ -172,12 +188,14 @@ Expression = (
     | Concat
     | Stack
     | Mean
+    | RowMean
     | Scale
     | AddLowRank
     | Noise
     | Shuffle
     | Redraw
     | Init
+    | Uniform
     | Literal
     | Dequantise
 )
@@ -187,7 +205,7 @@ _NODES = {node.__name__: node for node in get_args(Expression)}
 def children(x: Expression) -> tuple[Expression, ...]:
     """The direct sub-expressions."""
     match x:
-        case Index() | Slice() | Scale() | Noise() | Shuffle() | Redraw():
+        case Index() | Slice() | RowMean() | Scale() | Noise() | Shuffle() | Redraw():
             return (x.x,)
         case Concat() | Stack() | Mean():
             return x.parts
@@ -237,7 +255,7 @@ def shape_of(x: Expression, sources: Sequence[Checkpoint]) -> Shape:
     match x:
         case Copy():
             return sources[x.source].tensors[x.tensor].shape
-        case Init() | Literal() | Dequantise():
+        case Init() | Uniform() | Literal() | Dequantise():
             return x.shape
         case Scale() | Noise() | Shuffle() | Redraw():
             return shape_of(x.x, sources)
@@ -253,6 +271,8 @@ def shape_of(x: Expression, sources: Sequence[Checkpoint]) -> Shape:
             assert len(shapes) == 1, f"mean of different shapes {shapes}"
             assert x.weights is None or len(x.weights) == len(x.parts)
             return shapes.pop()
+        case RowMean():
+            return _replaced(shape_of(x.x, sources), 0, 1)
         case Slice():
             shape = shape_of(x.x, sources)
             assert 0 <= x.start <= x.stop <= shape[x.dim], f"slice {x.start}:{x.stop} of {shape}"

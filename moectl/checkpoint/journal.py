@@ -31,6 +31,8 @@ from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError, UsageError
 from moectl.text import escape
 
+_FILE = "file:"
+
 
 def partial_of(out: Path) -> Path:
     """OUT.partial, beside OUT so that the last rename stays on one file system."""
@@ -61,7 +63,7 @@ class Journal:
                 "There is no unfinished output to finish.",
                 "Give the -o of the command that began it, without .partial.",
             )
-        sources = [Checkpoint.open(origin) for origin in begun["origins"]]
+        sources = [_reopened(origin) for origin in begun["origins"]]
         plan = replace(Plan.from_json(begun["plan"], sources), facts=begun["facts"])
         journal = Journal(plan, out, fs, begun["command"])
         journal._check(begun)
@@ -200,7 +202,15 @@ def _stats(source: Checkpoint) -> dict[str, list[int]]:
 
 
 def _origin(source: Checkpoint) -> str:
+    if source.file is not None:
+        return f"{_FILE}{source.file.absolute()}"
     return f"hf://{source.name}@{source.commit}" if source.commit else str(source.path.absolute())
+
+
+def _reopened(origin: str) -> Checkpoint:
+    if origin.startswith(_FILE):
+        return Checkpoint.of_file(Path(origin.removeprefix(_FILE)))
+    return Checkpoint.open(origin)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

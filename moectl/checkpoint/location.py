@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +29,8 @@ class Location:
     commit: str | None
 
 
-def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Location:
-    """Find `model`, fetching it into the Hugging Face cache if it is a Hub id.
+def resolve(model: str | os.PathLike[str], revision: str | None = None, wanted: Sequence[str] = WANTED) -> Location:
+    """Find `model`, fetching the files `wanted` of it into the Hugging Face cache if it is a Hub id.
 
     Raises:
         InputError: no such directory, repository or revision, or it is gated.
@@ -45,7 +46,7 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Locat
                 "It is not clear which one is meant.",
                 "Give one of the two.",
             )
-        return _from_hub(repo_id, inline or revision)
+        return _from_hub(repo_id, inline or revision, wanted)
     path = Path(os.path.expanduser(text))  # noqa: PTH111 (pathlib's raises for a user that is not there)
     if os.path.exists(path):  # noqa: PTH110 (pathlib's raises for a name that is too long)
         if revision:
@@ -61,10 +62,10 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Locat
             "It was taken for a directory, since it is not of the form org/name.",
             "Check the path; Hub models are written org/name or hf://org/name@revision.",
         )
-    return _from_hub(text, revision)
+    return _from_hub(text, revision, wanted)
 
 
-def _from_hub(repo_id: str, revision: str | None) -> Location:
+def _from_hub(repo_id: str, revision: str | None, wanted: Sequence[str]) -> Location:
     if not _HUB_ID.fullmatch(repo_id):
         raise InputError(f"{escape(repo_id)} is not a Hub id.", "", "Write hf://org/name or hf://org/name@revision.")
     from huggingface_hub import errors, snapshot_download
@@ -72,7 +73,7 @@ def _from_hub(repo_id: str, revision: str | None) -> Location:
     http = errors.HTTPError  # of httpx or httpx2, as the version of the library has it
 
     try:
-        snapshot = Path(snapshot_download(repo_id, revision=revision, allow_patterns=WANTED))
+        snapshot = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(wanted)))
     except (http, errors.HFValidationError, OSError) as error:
         raise _hub_error(repo_id, revision, error) from error
     # The cache names a snapshot after the commit it holds: cache/models--org--name/snapshots/<commit>.

@@ -21,6 +21,7 @@ from moectl.checkpoint.source import INDEX, SINGLE, Checkpoint
 from moectl.errors import InputError
 
 PROVENANCE = "moectl.json"
+CONFIG = "config.json"
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
 
@@ -64,6 +65,7 @@ class Plan:
         config: the config.json to write.
         files: other generated text files by name, such as the model card.
         facts: what the builder wants to report (parameters total and active, ...).
+        weights_file, config_file: for readers that look for other names than a model's, such as PEFT's.
     """
 
     sources: tuple[Checkpoint, ...]
@@ -74,6 +76,8 @@ class Plan:
     shard_bytes: int = DEFAULT_SHARD_BYTES
     files: Mapping[str, str] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    weights_file: str = SINGLE
+    config_file: str = CONFIG
 
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
@@ -87,14 +91,14 @@ class Plan:
             groups[-1].append(tensor)
             filled += tensor.nbytes
         if len(groups) == 1:
-            return (Shard(SINGLE, _header(groups[0]), tuple(groups[0])),)
+            return (Shard(self.weights_file, _header(groups[0]), tuple(groups[0])),)
         names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
         return tuple(Shard(name, _header(group), tuple(group)) for name, group in zip(names, groups, strict=True))
 
     @cached_property
     def text_files(self) -> dict[str, str]:
         """Every generated text file but the provenance: config, index if there are several shards, card."""
-        files = {"config.json": json.dumps(dict(self.config), indent=2, sort_keys=True) + "\n"}
+        files = {self.config_file: json.dumps(dict(self.config), indent=2, sort_keys=True) + "\n"}
         if len(self.shards) > 1:
             metadata = {"total_parameters": self.parameters, "total_size": self.nbytes}
             weight_map = {tensor.name: shard.name for shard in self.shards for tensor in shard.tensors}
@@ -135,6 +139,8 @@ class Plan:
             "seed": self.seed,
             "shard_bytes": self.shard_bytes,
             "files": dict(self.files),
+            "weights_file": self.weights_file,
+            "config_file": self.config_file,
             "tensors": [
                 {
                     "name": tensor.name,
@@ -171,6 +177,8 @@ class Plan:
             seed=data["seed"],
             shard_bytes=data["shard_bytes"],
             files=data["files"],
+            weights_file=data["weights_file"],
+            config_file=data["config_file"],
         )
 
 

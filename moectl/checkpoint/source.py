@@ -5,6 +5,7 @@ Opening one reads config.json, the index and every header, and no weights; it ex
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import stat
@@ -53,6 +54,7 @@ class Checkpoint:
         config: config.json, as it is.
         tensors: every tensor by name; shards in name order, tensors in file order.
         stats: (size, mtime in ns) of every weight file when it was opened, to notice a change while reading.
+        file: of a safetensors file that is a source by itself; its `commit` is then the sha256 of its bytes.
     """
 
     path: Path
@@ -62,6 +64,19 @@ class Checkpoint:
     tensors: dict[str, TensorRef]
     stats: dict[str, tuple[int, int]]
     warnings: list[str] = field(default_factory=list)
+    file: Path | None = None
+
+    @staticmethod
+    def of_file(file: Path) -> Checkpoint:
+        """One safetensors file by itself, such as an adapter or statistics: tensors for a plan, and no config.
+
+        Raises:
+            InputError: it is missing, or not a safetensors file.
+        """
+        tensors = read_header(file)
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return Checkpoint(file.parent, file.stem, digest, {}, tensors, {file.name: _stat(file)}, file=file)
 
     @staticmethod
     def open(model: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:

@@ -15,7 +15,8 @@ from typing import NoReturn
 
 import typer
 
-from moectl.cli import bench, families, finish, inspect, quickstart, upcycle, verify
+from moectl.cli import bench, families, finish, inspect, quickstart, recipe, train, upcycle, verify
+from moectl.cli import eval as eval_
 from moectl.errors import MachineError, MoectlError
 
 app = typer.Typer(
@@ -29,10 +30,14 @@ app = typer.Typer(
 )
 app.add_typer(upcycle.app, name="upcycle")
 app.add_typer(bench.app, name="bench")
+app.add_typer(recipe.app, name="recipe")
 app.command("verify")(verify.verify)
 app.command("finish")(finish.finish)
 app.command("inspect")(inspect.inspect)
+app.command("eval")(eval_.evaluate)
 app.command("families")(families.families)
+app.command("train")(train.train)
+app.command("branch")(train.branch)
 app.command("quickstart")(quickstart.quickstart)
 
 

@@ -7,6 +7,9 @@ from typing import Annotated
 import typer
 
 from moectl.cli import options, writing
+from moectl.cli.btx import btx
+from moectl.cli.pesc import pesc
+from moectl.cli.split import split
 
 app = typer.Typer(
     help="Turn dense checkpoints into a Mixture-of-Experts checkpoint.",
@@ -126,3 +129,8 @@ def sparse(
         f"{facts['family']}, {experts} experts, top {top_k}",
         against=() if facts["dequantised"] else (dense,),  # transformers may not run the quantised source
     )
+
+
+app.command("btx")(btx)
+app.command("split")(split)
+app.command("pesc")(pesc)

@@ -68,10 +68,11 @@ class Writing:
             hub.check_repo_id(self.push_to_hub)
 
 
-def carry_out(plan: Plan, how: Writing, *, headline: str, against: Sequence[str] = ()) -> None:
+def carry_out(plan: Plan, how: Writing, *, headline: str, against: Sequence[str] = (), then: str = "") -> None:
     """Show the plan (--dry-run) or write it, publish it, and report on stdout and stderr as the contract says.
 
     `headline` says what becomes of what. `against` are the sources that `moectl verify --against` can compare with.
+    `then` is the next thing worth doing where that is not `moectl verify`.
 
     Raises:
         MoectlError: as `write`, `check_target`, `parse_worker` and `hub.upload` raise it.
@@ -131,7 +132,7 @@ def carry_out(plan: Plan, how: Writing, *, headline: str, against: Sequence[str]
     compare = "".join(f" --against {shlex.quote(name)}" for name in against)
     output.note(
         f"{output.count(facts['parameters'])} parameters, {output.count(facts['active_parameters'])} active, {state}.\n"
-        f"Next: moectl verify {shlex.quote(str(out))}{compare}",
+        f"Next: {then or f'moectl verify {shlex.quote(str(out))}{compare}'}",
         quiet=quiet,
     )
 

@@ -146,8 +146,8 @@ def _layerwise_logits(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
     return LayerwiseModel.open(checkpoint).logits(ids)
 
 
-def load(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model in fp32 as `from_pretrained` loads it, provided that every key finds its place.
+def load(checkpoint: Checkpoint, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
+    """The model in fp32, or `dtype` (auto is its own), as `from_pretrained` loads it; every key must find its place.
 
     Raises:
         InputError: transformers cannot load it, or a key is missing, unexpected or of another shape.
@@ -156,7 +156,7 @@ def load(checkpoint: Checkpoint) -> PreTrainedModel:
         auto = AutoModelForSeq2SeqLM if read_config(checkpoint).is_encoder_decoder else AutoModelForCausalLM
         model, info = auto.from_pretrained(
             checkpoint.path,
-            dtype=torch.float32,
+            dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that they come listed, to be refused with the others
             use_safetensors=True,

@@ -28,7 +28,7 @@ def model_card(
     if moe.encoder is not None:
         pipeline, auto = ("text2text-generation", "AutoModelForSeq2SeqLM")
     front = ["library_name: transformers", f"pipeline_tag: {pipeline}", "tags: [moe, upcycling, moectl]"]
-    front += _inherited(source)
+    front += inherited(source)
     if source.commit:
         front += ["base_model:", f"- {name}"]
     origin = f"[{name}](https://huggingface.co/{name}) at commit `{source.commit}`" if source.commit else f"`{name}`"
@@ -91,7 +91,7 @@ def with_equivalence(card: str, measured: str) -> str:
     return f"{card.rstrip()}\n\n## Equivalence\n\n{section}\n"
 
 
-def _inherited(source: Checkpoint) -> list[str]:
+def inherited(source: Checkpoint) -> list[str]:
     """Licence and language lines of the source's own card."""
     path = source.path / "README.md"
     try:

@@ -26,6 +26,7 @@ from moectl.checkpoint.expressions import (
     Mean,
     Noise,
     Redraw,
+    RowMean,
     Scale,
     Shuffle,
     Slice,
@@ -76,6 +77,8 @@ def brute_force(x: Expression) -> np.ndarray:
             return np.concatenate([brute_force(part) for part in x.parts], axis=x.dim)
         case Mean():
             return np.average(np.stack([brute_force(part) for part in x.parts]), axis=0, weights=x.weights)
+        case RowMean():
+            return brute_force(x.x).mean(axis=0, keepdims=True)
         case Scale():
             return x.factor * brute_force(x.x)
         case AddLowRank():
@@ -134,6 +137,7 @@ GATHERS = st.lists(st.integers(0, 4), min_size=5, max_size=5).map(tuple)
 def grow(inner: st.SearchStrategy[Expression]) -> st.SearchStrategy[Expression]:
     """Operations that keep the shape [6, 5], so that they nest freely."""
     return st.one_of(
+        st.builds(lambda a, n: Concat((Slice(a, 0, 0, n), *(RowMean(a),) * (6 - n)), 0), inner, st.integers(3, 5)),
         st.builds(Scale, inner, st.sampled_from([0.5, -3.0])),
         st.builds(Noise, inner, st.just(0.1), st.sampled_from(["k1", "k2"])),
         st.builds(lambda a, b: Mean((a, b)), inner, inner),

@@ -1,0 +1,84 @@
+"""`moectl upcycle pesc`: adapters as experts, in a directory that PEFT loads."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from moectl.cli import options, writing
+
+
+def pesc(
+    dense: Annotated[str, typer.Argument(metavar="DENSE", help="Directory, Hub id or hf://org/name@rev.")],
+    out: writing.Out,
+    experts: Annotated[int, typer.Option(help="Adapters per layer.")] = 8,
+    top_k: Annotated[int, typer.Option(help="Adapters each token is sent to.")] = 2,
+    adapter_dim: Annotated[int, typer.Option(help="Width of an adapter.")] = 512,
+    scale: Annotated[float, typer.Option(help="Factor on the adapters' output.")] = 1.0,
+    dropout: Annotated[float, typer.Option(help="Dropout where the adapters read, in training.")] = 0.0,
+    layers: Annotated[str, typer.Option(help="Layers to adapt: all, every:2, last:6, or 0,3,5.")] = "all",
+    aux_loss_coef: Annotated[float, typer.Option(help="Weight of the load-balancing loss in training.")] = 0.01,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    seed: options.Seed = 0,
+    materialize: Annotated[
+        bool, typer.Option("--materialize", help="Refused: no MoE family can hold adapters behind the FFN.")
+    ] = False,
+    revision: options.Revision = None,
+    push_to_hub: writing.PushToHub = None,
+    dry_run: writing.DryRun = False,
+    overwrite: writing.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Make a PEFT adapter that puts E adapters and a router behind each FFN of DENSE (PESC, arXiv 2401.02731).
+
+    The model with it computes what DENSE computes, bit for bit, until it is trained. Of DENSE only the config is
+    read. stdout is the path of OUT, which PEFT loads once `moectl.integrations.pesc` is imported.
+    """
+    from time import perf_counter
+
+    from moectl.errors import UsageError
+    from moectl.report import output
+    from moectl.upcycle.pesc import Base, PescRecipe, plan_pesc
+
+    if materialize:
+        raise UsageError(
+            "PESC adapters cannot be materialised as a MoE checkpoint.",
+            "They stand behind the FFN, after its last matrix, and no MoE family has anything there.",
+            "Leave --materialize out and load OUT with PEFT, or make experts of FFNs with `moectl upcycle sparse`.",
+        )
+    how = writing.Writing(
+        out=out,
+        push_to_hub=push_to_hub,
+        worker=None,
+        allow_nonfinite=False,
+        dry_run=dry_run,
+        overwrite=overwrite,
+        json=json,
+        quiet=quiet,
+        started=perf_counter(),
+    )
+    recipe = PescRecipe(
+        experts=experts,
+        top_k=top_k,
+        adapter_dim=adapter_dim,
+        scale=scale,
+        dropout=dropout,
+        aux_loss_coef=aux_loss_coef,
+        layers=layers,
+        dtype=dtype,
+        seed=seed,
+    )
+    recipe.check()
+    how.check()
+    base = Base.open(dense, revision)
+    base.check_apart_from(out)
+    plan = plan_pesc(base, recipe)
+    writing.carry_out(
+        plan,
+        how,
+        headline=f"{base.name} ({base.family.model_type}) -> adapter of {output.count(plan.parameters)}, "
+        f"{experts} experts, top {top_k}",
+        then="import moectl.integrations.pesc, then PeftModel.from_pretrained(model, OUT); docs/pesc.md says more",
+    )

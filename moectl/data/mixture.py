@@ -1,0 +1,125 @@
+"""Weighted mixtures of data: an endless stream of packed sequences in which every source has its share.
+
+The stream is a function of the sources, their weights, the sequence length and the seed alone: who reads it, in what
+batches and on how many machines, changes nothing, so any position in it can be found again by counting.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moectl.data.chat import EncodeChat, is_chat, read_chat
+from moectl.data.documents import read_documents
+from moectl.data.tokens import token_batches
+from moectl.errors import UsageError
+from moectl.text import escape
+
+_WEIGHTED = re.compile(r"(?P<spec>.+):(?P<weight>\d+(\.\d*)?|\.\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One source of a mixture: what `--data` names, and its share of the sequences relative to the others'."""
+
+    spec: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One packed sequence of token ids `[L]`, int64, which of them are to be learnt, and the part it is from."""
+
+    token_L: np.ndarray
+    learnt_L: np.ndarray
+    part: int
+
+
+def parse_parts(specs: Sequence[str]) -> tuple[Part, ...]:
+    """The parts that `--data SPEC[:WEIGHT]` name; a weight that is left out is 1, and a path that exists wins.
+
+    Raises:
+        UsageError: a weight is not a positive number.
+    """
+    parts = []
+    for text in specs:
+        match = None if Path(text).expanduser().exists() else _WEIGHTED.fullmatch(text)
+        spec, weight = (match["spec"], float(match["weight"])) if match else (text, 1.0)
+        if not (weight > 0 and math.isfinite(weight)):
+            raise UsageError(
+                f"The weight of {escape(spec)} is {weight:g}.",
+                "A source without a share of the sequences is never read.",
+                "Give a positive weight, as in --data code.jsonl:0.7, or leave the source out.",
+            )
+        parts.append(Part(spec, weight))
+    return tuple(parts)
+
+
+def shares(weights: Sequence[float]) -> Iterator[int]:
+    """For each sequence in turn the index of the part it comes from: the one furthest behind its share.
+
+    Any prefix holds each part's share to within one sequence per part; the order is the same every time.
+    """
+    total = math.fsum(weights)
+    taken = [0] * len(weights)
+    for position in range(1, 1 << 62):
+        behind = [position * weight / total - count for weight, count in zip(weights, taken, strict=True)]
+        index = behind.index(max(behind))
+        taken[index] += 1
+        yield index
+
+
+def mixture_rows(
+    parts: Sequence[Part],
+    encode: Callable[[str], list[int]],
+    *,
+    eos_id: int,
+    sequence_length: int,
+    seed: int,
+    encode_chat: EncodeChat | None = None,
+) -> Iterator[Row]:
+    """The endless stream of packed sequences of a mixture, from the training split of every part.
+
+    Each part is shuffled and packed for itself as `token_batches` does, and begins anew, in another order, when it
+    ends. Of text every token is learnt; of conversations (which need `encode_chat`) what the assistant says.
+
+    Raises:
+        InputError: a part cannot be read or has no text in the training split.
+        MachineError: the Hub cannot be reached, or a library is missing.
+    """
+    streams = []
+    for part in parts:
+        chat = encode_chat if is_chat(part.spec) else None
+        batches = token_batches(
+            read_documents([part.spec], "train") if chat is None else read_chat(part.spec),
+            _marked(encode, chat),
+            eos_id=2 * eos_id + (chat is None),
+            sequence_length=sequence_length,
+            batch_size=1,
+            seed=seed,
+            repeat=True,
+        )
+        streams.append(batches)
+    # Not a generator itself, so that a source that does not exist is an error at once.
+    return (_row(next(streams[index])[0], index) for index in shares([part.weight for part in parts]))
+
+
+def _marked(encode: Callable[[str], list[int]], chat: EncodeChat | None) -> Callable[[str], list[int]]:
+    """Ids whose lowest bit says whether they are learnt, so that both are packed and cut alike."""
+
+    def marked(text: str) -> list[int]:
+        if chat is None:
+            return [2 * token + 1 for token in encode(text)]
+        tokens, answers = chat(text)
+        return [2 * token + answer for token, answer in zip(tokens, answers, strict=True)]
+
+    return marked
+
+
+def _row(marked_L: np.ndarray, part: int) -> Row:
+    return Row(marked_L >> 1, (marked_L & 1).astype(bool), part)

@@ -1,0 +1,71 @@
+"""The tokenizer that lies beside a checkpoint's weights, and how moectl encodes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from moectl.checkpoint.source import Checkpoint
+from moectl.errors import InputError
+from moectl.layerwise.quiet import quiet
+from moectl.text import escape
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The tokenizer of transformers; code that comes with it is never run.
+
+    Raises:
+        InputError: there is none, or transformers cannot use it.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever its parser raises, it is about the files it was given
+        reason = escape((str(error).strip() or type(error).__name__).splitlines()[0])[:200]
+        raise InputError(
+            f"{escape(checkpoint.name)} has no tokenizer that transformers can use: {reason}",
+            "Text cannot become token ids without it.",
+            "Put the tokenizer's files beside the weights (tokenizer.json, tokenizer_config.json).",
+        ) from error
+
+
+def encoder(tokenizer: Any) -> Callable[[str], list[int]]:
+    """From text to its ids, without the special ids some tokenizers put around it."""
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    return encode
+
+
+def separator(checkpoint: Checkpoint, tokenizer: Any) -> int:
+    """The id between documents: the end of text, else the beginning of text, of the tokenizer or else the config.
+
+    Raises:
+        InputError: neither is known.
+    """
+    return _first_id(checkpoint, tokenizer, ("eos_token_id", "bos_token_id"))
+
+
+def prefix(checkpoint: Checkpoint, tokenizer: Any) -> int:
+    """The id a document's first token is predicted from: the beginning of text, else the end of the one before.
+
+    Raises:
+        InputError: neither is known.
+    """
+    return _first_id(checkpoint, tokenizer, ("bos_token_id", "eos_token_id"))
+
+
+def _first_id(checkpoint: Checkpoint, tokenizer: Any, names: tuple[str, str]) -> int:
+    for name in names:
+        for value in (getattr(tokenizer, name), checkpoint.config.get(name)):
+            first = value[0] if isinstance(value, list) and value else value
+            if type(first) is int:
+                return first
+    raise InputError(
+        f"{escape(checkpoint.name)} has neither an end-of-text nor a beginning-of-text id.",
+        "Documents cannot be told apart without one.",
+        "Set `eos_token_id` in its config.json or `eos_token` in its tokenizer_config.json.",
+    )

@@ -1,0 +1,97 @@
+"""Which parameters are trained, and with what learning rate and decay: every one of them has a role."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from torch import nn
+
+from moectl.errors import InputError, UsageError
+from moectl.training.routers import BIASES, MoeBlock
+
+Role = Literal["router", "experts", "attention", "other"]
+
+ONLY: dict[str, Callable[[Role], bool]] = {
+    "all": lambda _role: True,
+    "router": lambda role: role == "router",
+    "experts": lambda role: role == "experts",
+    "attention+router": lambda role: role in ("attention", "router"),
+}
+"""What `--only` may say -> which roles are trained."""
+
+_ATTENTION = re.compile(r"(^|\.)(self_attn|self_attention|attn|attention|linear_attn|short_conv|conv)\.")
+
+
+def role_of(name: str, blocks: Sequence[MoeBlock]) -> Role:
+    """The role of the parameter called `name`: routed experts, router, attention (or what stands for it), or other.
+
+    A shared expert is "other": every token goes through it, as through a dense FFN.
+    """
+    for block in blocks:
+        if name.startswith(block.name + "."):
+            inside = name.removeprefix(block.name + ".")
+            if inside.startswith("experts."):
+                return "experts"
+            return "router" if inside.startswith(("gate.", "router.")) else "other"
+    return "attention" if _ATTENTION.search(name) else "other"
+
+
+def select(model: nn.Module, blocks: Sequence[MoeBlock], *, only: str, freeze_experts: bool) -> int:
+    """Let gradients reach the parameters that are trained and no others; returns how many numbers these are.
+
+    A selection bias is never among them: it has no gradient, and its own rule.
+
+    Raises:
+        InputError: nothing is left to train, as with `--only router` in a dense model.
+        UsageError: `only` is no choice.
+    """
+    if only not in ONLY:
+        raise UsageError(f"--only {only!r} is not known.", "", f"Choose from {', '.join(ONLY)}.")
+    trained = 0
+    for name, parameter in model.named_parameters():
+        role = role_of(name, blocks)
+        wanted = ONLY[only](role) and not (freeze_experts and role == "experts")
+        parameter.requires_grad_(wanted and not _is_bias(name))
+        trained += parameter.numel() * parameter.requires_grad
+    if not trained:
+        raise InputError(
+            f"--only {only} leaves nothing to train in this model.",
+            "It has no experts, or they are frozen." if blocks else "It is dense: it has neither router nor experts.",
+            "Train all of it, or give a Mixture-of-Experts.",
+        )
+    return trained
+
+
+def groups(
+    model: nn.Module, blocks: Sequence[MoeBlock], *, learning_rate: float, router_rate: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """The optimiser's groups: router, experts and the rest, matrices with decay and vectors (norms, biases) without.
+
+    Experts are apart because under expert parallelism they lie on other processes than the rest.
+    """
+    found: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            role = role_of(name, blocks)
+            key = (role if role in ("router", "experts") else "model", parameter.ndim >= 2)
+            found.setdefault(key, []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": router_rate if role == "router" else learning_rate,
+            "weight_decay": weight_decay if matrix else 0.0,
+            "name": role,
+        }
+        for (role, matrix), parameters in sorted(found.items(), key=lambda item: item[0])
+    ]
+
+
+def selection_biases(blocks: Sequence[MoeBlock]) -> set[nn.Parameter]:
+    """The selection biases that are parameters: FSDP must leave them whole, since they are updated by hand."""
+    return {block.bias for block in blocks if isinstance(block.bias, nn.Parameter)}
+
+
+def _is_bias(name: str) -> bool:
+    return name.rpartition(".")[2] in BIASES

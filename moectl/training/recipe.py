@@ -1,0 +1,137 @@
+"""Everything that decides what a training computes, as data: what the same command is recognised by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from moectl.checkpoint.plan import source_identity
+from moectl.checkpoint.source import Checkpoint
+from moectl.data.mixture import Part, parse_parts
+from moectl.errors import UsageError
+
+SCHEDULES: dict[str, str] = {
+    "cosine": "cosine_with_min_lr",
+    "linear": "linear",
+    "constant": "constant_with_warmup",
+}
+"""What `--schedule` may say -> the name in `transformers.get_scheduler`. All are functions of the step alone."""
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainRecipe:
+    """One training. The number of processes is no part of it: it changes the speed and the last bits, nothing else.
+
+    Attributes:
+        data: what `--data` said, each `SPEC[:WEIGHT]`.
+        batch_size: sequences per step, over all processes and micro-batches.
+        accumulate: micro-batches a step is computed in.
+        router_rate: learning rate of the router; None for that of the rest.
+        min_rate: where a cosine ends, as a share of the peak.
+        only: what is trained, one of `parameters.ONLY`.
+        aux_loss, z_loss: what the balancing loss and the z-loss of every MoE layer are multiplied with.
+        bias_update: step of the selection biases, in families that have them.
+        dtype: what matrix products are computed in (autocast); weights and optimiser are float32 either way.
+        implementation: of the experts; None for moectl's kernels on a GPU and transformers' default on a CPU.
+    """
+
+    data: tuple[str, ...]
+    steps: int = 1000
+    batch_size: int = 16
+    sequence_length: int = 512
+    accumulate: int = 1
+    learning_rate: float = 1e-4
+    router_rate: float | None = None
+    schedule: str = "cosine"
+    warmup: int = 0
+    min_rate: float = 0.1
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    only: str = "all"
+    freeze_experts: bool = False
+    aux_loss: float = 0.01
+    z_loss: float = 0.0
+    bias_update: float = 0.0
+    dtype: str = "float32"
+    implementation: str | None = None
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuse what cannot be carried out.
+
+        Raises:
+            UsageError: a number is out of its range, or a name is not known.
+        """
+        for name in ("steps", "batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise _bad(name, getattr(self, name), "at least 1")
+        if self.sequence_length < 2:
+            raise _bad("seq_len", self.sequence_length, "at least 2, one token and the next")
+        if self.batch_size % self.accumulate:
+            raise _bad("accumulate", self.accumulate, f"a divisor of the batch of {self.batch_size} sequences")
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise _bad(name.replace("learning_rate", "lr"), getattr(self, name), "positive")
+        for name in ("warmup", "weight_decay", "aux_loss", "z_loss", "bias_update"):
+            if not getattr(self, name) >= 0:
+                raise _bad(name, getattr(self, name), "0 or more")
+        if not 0 <= self.min_rate <= 1:
+            raise _bad("min_lr", self.min_rate, "a share of the peak, 0 to 1")
+        if self.schedule not in SCHEDULES:
+            raise _bad("schedule", self.schedule, "one of " + ", ".join(SCHEDULES))
+        if self.dtype not in DTYPES:
+            raise _bad("dtype", self.dtype, "one of " + ", ".join(DTYPES))
+
+    def check_processes(self, size: int) -> None:
+        """Refuse a number of processes that no micro-batch can be shared out among.
+
+        Raises:
+            UsageError: a micro-batch is not a multiple of it.
+        """
+        if self.micro_batch % size:
+            raise UsageError(
+                f"A micro-batch of {self.micro_batch} sequences cannot be shared out among {size} processes.",
+                f"It is the batch of {self.batch_size} in {self.accumulate} part(s), and each process takes as many.",
+                f"Give a --batch-size that is a multiple of {size * self.accumulate}.",
+            )
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences in a micro-batch, over all processes."""
+        return self.batch_size // self.accumulate
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The data with its weights."""
+        return parse_parts(self.data)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain data."""
+        return asdict(self)
+
+    def fingerprint(self, source: Checkpoint) -> str:
+        """sha256 over what decides the result: this, the source's identity, the names and sizes of local data."""
+        document: Mapping[str, Any] = {
+            "moectl": version("moectl"),
+            "recipe": self.to_json(),
+            "source": source_identity(source),
+            "data": [_files(part.spec) for part in self.parts],
+        }
+        return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def _files(spec: str) -> list[tuple[str, int]]:
+    path = Path(spec).expanduser()
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return [(file.name, file.stat().st_size) for file in files]
+
+
+def _bad(name: str, value: Any, wanted: str) -> UsageError:
+    return UsageError(f"--{name.replace('_', '-')} is {value}.", "", f"It has to be {wanted}.")

@@ -1,0 +1,140 @@
+"""One optimiser step: micro-batches forward and backward, the losses that are switched on, clipping, biases, numbers.
+
+Shapes: B sequences of L tokens, T tokens, V vocabulary, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import get_total_norm
+
+from moectl.training.losses import load_balancing_loss, router_z_loss, selection_bias_step
+from moectl.training.recipe import TrainRecipe
+from moectl.training.routers import RouterWatch
+from moectl.training.world import World
+
+IGNORED = -100
+"""The target of a token that is not learnt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What a step found before the weights moved; `aux` and `z` are summed over layers, `load` counted `[L, E]`."""
+
+    loss: float
+    aux: float
+    z: float
+    load: Tensor | None
+
+
+class Step:
+    """The computation of a step over a model that is in its place (and sharded) already.
+
+    A step computes the same whatever the number of processes: assignments are counted over the whole micro-batch before
+    the balancing loss is taken, so that it too is a mean over the processes.
+    """
+
+    def __init__(self, model: nn.Module, watch: RouterWatch | None, recipe: TrainRecipe, world: World) -> None:
+        self.model = model
+        self.watch = watch
+        self.recipe = recipe
+        self.world = world
+
+    def gradients(self, batch: Tensor, learnt: Tensor) -> Computed:
+        """Forward and backward over the rows `[B, L]` of the whole step, of which this process takes its slices.
+
+        The loss is the mean over all tokens of the step that are `learnt` `[B, L]`, each predicted from those before.
+        """
+        target = batch.masked_fill(~learnt, IGNORED)
+        # Divides a sum so that the mean over processes and micro-batches is the mean over tokens.
+        count = max(1, int(learnt[:, 1:].sum())) / (self.world.size * self.recipe.accumulate)
+        micro = self.recipe.micro_batch
+        own = micro // self.world.size
+        totals = torch.zeros(3, dtype=torch.float64, device=self.world.device)
+        load: Tensor | None = None
+        for first in range(0, len(batch), micro):
+            start = first + self.world.rank * own
+            token_BL, target_BL = (rows[start : start + own].to(self.world.device) for rows in (batch, target))
+            parts, load_LE = self._micro_batch(token_BL, target_BL, count)
+            totals += parts
+            if load_LE is not None:
+                load = load_LE if load is None else load + load_LE
+        totals = self.world.sum(totals) / (self.world.size * self.recipe.accumulate)
+        loss, aux, z = totals.tolist()
+        return Computed(loss, aux, z, load)
+
+    def update(
+        self, computed: Computed, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, schedule: Any
+    ) -> float:
+        """Clip, step, forget the gradients, move the selection biases; returns the norm before clipping.
+
+        A norm that is not finite is returned before anything has moved.
+        """
+        value = _clip(parameters, self.recipe.clip)
+        if not math.isfinite(value):
+            return value
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        if self.recipe.bias_update and self.watch and computed.load is not None:
+            for block, load_E in zip(self.watch.blocks, computed.load, strict=True):
+                if block.bias is not None:
+                    move_E = selection_bias_step(load_E[: block.num_experts], self.recipe.bias_update)
+                    block.bias.data.add_(move_E.to(block.bias.device).view_as(block.bias))
+        return value
+
+    def _micro_batch(self, token_BL: Tensor, target_BL: Tensor, count: float) -> tuple[Tensor, Tensor | None]:
+        kind = self.world.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=self.recipe.dtype == "bfloat16"):
+            logits_BLV = self.model(input_ids=token_BL, use_cache=False).logits
+        logits_TV, target_T = logits_BLV[:, :-1].flatten(0, 1).float(), target_BL[:, 1:].flatten()
+        loss = cross_entropy(logits_TV, target_T, ignore_index=IGNORED, reduction="sum") / count
+        aux, z, load_LE = self._router_losses()
+        total = loss + self.recipe.aux_loss * aux + self.recipe.z_loss * z
+        (total / self.recipe.accumulate).backward()
+        zero = loss.new_zeros(())
+        parts = torch.stack([(part if isinstance(part, Tensor) else zero).detach() for part in (loss, aux, z)])
+        return parts.double(), load_LE
+
+    def _router_losses(self) -> tuple[Any, Any, Tensor | None]:
+        """Balancing loss and z-loss, each summed over the layers, and the assignments of all processes `[L, E]`."""
+        if self.watch is None:
+            return 0.0, 0.0, None
+        logits, load_LE = self.watch.take()
+        load_LE = self.world.sum(load_LE)
+        aux: Any = 0.0
+        z: Any = 0.0
+        # What is not switched on is measured all the same, but without a graph.
+        with torch.set_grad_enabled(bool(self.recipe.aux_loss)):
+            for logits_TE, load_E in zip(logits, load_LE, strict=True):
+                aux = aux + load_balancing_loss(logits_TE, load_E[: logits_TE.shape[-1]])
+        with torch.set_grad_enabled(bool(self.recipe.z_loss)):
+            for logits_TE in logits:
+                z = z + router_z_loss(logits_TE)
+        return aux, z, load_LE
+
+
+def _clip(parameters: Sequence[nn.Parameter], limit: float) -> float:
+    """Scale the gradients to a norm of at most `limit` and return what it was.
+
+    torch's own function cannot take gradients that are sharded over different processes, as experts and the rest are
+    under expert parallelism, at once.
+    """
+    places: dict[Any, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            places.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter.grad)
+    norms = [get_total_norm(gradients) for gradients in places.values()]
+    value = math.hypot(*(float(norm.full_tensor() if isinstance(norm, DTensor) else norm) for norm in norms))
+    if limit < value < math.inf:
+        for gradients in places.values():
+            torch._foreach_mul_(gradients, limit / value)
+    return value
