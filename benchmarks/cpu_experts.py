@@ -136,8 +136,9 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n")
     for row in rows:
-        if row["mode"] == "infer" and max(row["gain"].values()) < NEEDED:
-            print(f"below x{NEEDED}: {row['dtype']} at {row['tokens']} tokens")
+        for name, gain in row["gain"].items():
+            if row["mode"] == "infer" and gain < NEEDED:
+                print(f"below x{NEEDED}: {name} {row['dtype']} at {row['tokens']} tokens, x{gain:.2f}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ presets=(qwen3-30b-a3b mixtral-8x7b olmoe-1b-7b gpt-oss-20b deepseek-v3)
 export -f bench
 export PYTHON OUT
 
-step tests 140 "$PYTHON" -m pytest tests/gpu -x
+step tests 140 "$PYTHON" -m pytest tests/gpu
 step train 105 bash -c 'bench layer train "$@"' - "${acceptance[@]}" --tokens 32768 --what fwd,train --html "$OUT/train.html"
 step decode 105 bash -c 'bench layer decode "$@"' - "${presets[@]}" --tokens 1,16,128 --what decode --time 0.2
 step kernels 45 bash -c 'bench kernels kernels "$@"' - "${acceptance[@]}" --tokens 128,32768 --time 0.2

@@ -67,14 +67,15 @@ class Line:
 
 def choose(target: Target, rows: int, experts: int) -> Line:
     """The line for `rows` routed rows over `experts` experts on a device."""
-    lines = _table(target.arch, target.name)
+    lines = table(target)
     return next((line for line in lines if rows <= line.rows * experts), lines[-1])
 
 
 @cache
-def _table(arch: str, name: str) -> tuple[Line, ...]:
-    own = user_table(name)
-    return parse(json.loads(own.read_text())) if own.is_file() else packaged(arch)
+def table(target: Target) -> tuple[Line, ...]:
+    """The lines in use for a device: the user's own or the packaged ones."""
+    own = user_table(target.name)
+    return parse(json.loads(own.read_text())) if own.is_file() else packaged(target.arch)
 
 
 def packaged(arch: str) -> tuple[Line, ...]:
@@ -121,5 +122,5 @@ def save(name: str, lines: tuple[Line, ...]) -> Path:
     scratch = path.with_suffix(".partial")
     scratch.write_text(json.dumps(as_json(lines), indent=1) + "\n")
     scratch.replace(path)
-    _table.cache_clear()
+    table.cache_clear()
     return path

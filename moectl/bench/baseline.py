@@ -12,6 +12,7 @@ from moectl.errors import CheckFailed, InputError, UsageError
 from moectl.text import shown
 
 SCHEMA = "moectl.bench/1"
+SHARED = ("--clock", "--prompt", "--batch", "--new-tokens")
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,17 @@ def compare(now: dict[str, Any], then: dict[str, Any]) -> Comparison:
     """Match the rows of two documents by what was measured.
 
     Raises:
-        UsageError: they are of different devices or of different kinds of benchmark.
+        UsageError: they are of different devices or kinds of benchmark, or differ in an option that all rows share.
     """
     for what, ours, theirs in (
         ("kind", now.get("kind"), then.get("kind")),
         ("device", now["device"].get("name"), then.get("device", {}).get("name")),
+        ("--threads", now["device"].get("threads"), then.get("device", {}).get("threads")),
+        *((option, _setting(now, option), _setting(then, option)) for option in SHARED),
     ):
         if ours != theirs:
             raise UsageError(
-                f"The baseline is of another {what}: {shown(theirs)}, this is {shown(ours)}.",
+                f"The baseline is of another {what}: {shown(str(theirs))}, this is {shown(str(ours))}.",
                 "The two cannot be compared.",
                 "Make a baseline here with --output.",
             )
@@ -101,6 +104,10 @@ def row_name(document: dict[str, Any], row: dict[str, Any]) -> str:
     words += [settings.get("routing") if settings.get("routing") != "uniform" else None]
     words += [flag for flag in ("graph", "compile") if settings.get(flag)]
     return shown(" ".join(str(word) for word in words if word))
+
+
+def _setting(document: dict[str, Any], option: str) -> Any:
+    return document.get("settings", {}).get(option.removeprefix("--").replace("-", "_"))
 
 
 def _times(document: dict[str, Any]) -> dict[str, float | None]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -88,25 +89,43 @@ class CudaClock:
         return Sample([start.elapsed_time(end) / subject.calls for start, end in pairs])
 
 
-def interleave(subjects: dict[str, Subject], clock: Clock, seconds: float) -> dict[str, Sample]:
+def interleave(
+    subjects: dict[str, Subject],
+    clock: Clock,
+    seconds: float,
+    on_failure: Callable[[str, Exception], None] | None = None,
+) -> dict[str, Sample]:
     """Time all subjects in turn, A B C, C B A, A B C, ..., for about `seconds` each.
 
     A subject is called twice before its first time counts. Fast ones are called several times in a row; a slow one gets
-    at least MIN_REPS calls while they fit into three times `seconds`, and at least one.
+    at least MIN_REPS calls while they fit into three times `seconds`, and at least one. One that fails is dropped, and
+    `on_failure` is told; without it the exception passes.
     """
     samples = {name: Sample() for name in subjects}
     wanted: dict[str, int] = {}
+
+    @contextmanager
+    def dropped_if_it_fails(name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if on_failure is None:
+                raise
+            del samples[name]
+            on_failure(name, error)
+
     for name, subject in subjects.items():
-        clock.burst(subject, 0, 1)
-        estimate = clock.burst(subject, 1, 1).times[0] * subject.calls / 1000
-        wanted[name] = repetitions(estimate, seconds)
-    order: Sequence[str] = list(subjects)
+        with dropped_if_it_fails(name):
+            clock.burst(subject, 0, 1)
+            estimate = clock.burst(subject, 1, 1).times[0] * subject.calls / 1000
+            wanted[name] = repetitions(estimate, seconds)
     for turn in range(ROUNDS):
-        for name in order if turn % 2 == 0 else order[::-1]:
-            first, last = (wanted[name] * edge // ROUNDS for edge in (turn, turn + 1))
-            seen = clock.burst(subjects[name], first, last - first)
-            samples[name].times += seen.times
-            samples[name].other += seen.other
+        for name in list(samples)[:: 1 if turn % 2 == 0 else -1]:
+            with dropped_if_it_fails(name):
+                first, last = (wanted[name] * edge // ROUNDS for edge in (turn, turn + 1))
+                seen = clock.burst(subjects[name], first, last - first)
+                samples[name].times += seen.times
+                samples[name].other += seen.other
     return samples
 
 

@@ -134,7 +134,6 @@ def describe(device: torch.device) -> dict[str, Any]:
             "memory_bytes": properties.total_memory,
             "cache_bytes": cache_bytes(device),
             "cuda": torch.version.cuda,
-            "clocks": "not locked",
             "versions": versions,
         }
     return {

@@ -80,9 +80,11 @@ def _bars(cells: list[Row], title: str, name: str, series: list[str], label: str
         if best.get("percent_of_floor")
         else "Milliseconds per call."
     )
-    axis = "percent of the floor (100 = cannot be faster)" if shares else "milliseconds"
+    axis = "percent of the floor (100 = as fast as the roof)" if shares else "milliseconds"
     drawing = bars(f"{title}: {axis}", told, groups, series, axis, full=100.0 if shares else None)
     caption = "Median of the calls; the whisker goes from the 20th to the 80th percentile of the times."
+    if shares:
+        caption += " The roof is a copy and a matrix product measured in the same run; a pure read may exceed it."
     if over := cells[0].get("speedup_over"):
         caption += f" × is the speed-up over {over}."
     return Figure("Share of the floor" if shares else "Time by stage", drawing, caption, f"{name}-bars")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -56,8 +56,15 @@ class _Measured:
     shape: Shape
 
 
-def measure(settings: Settings, on_cell: Callable[[str], None] = lambda _title: None) -> dict[str, Any]:
-    """Measure everything and return the document; `on_cell` is told what comes next.
+def measure(
+    settings: Settings,
+    on_cell: Callable[[str], None] = lambda _title: None,
+    on_part: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Measure everything and return the document.
+
+    `on_cell` is told what comes next, and `on_part` is given the document so far, which says that it is partial, after
+    each cell.
 
     Raises:
         UsageError: options that exclude each other.
@@ -68,12 +75,26 @@ def measure(settings: Settings, on_cell: Callable[[str], None] = lambda _title: 
         raise MachineError("--graph needs a CUDA device.", "A CPU has no CUDA graphs.", "Leave --graph out.")
     if settings.graph and set(settings.what) & set(BACKWARD):
         raise UsageError("--graph goes with --what fwd and decode.", "", "Leave one of them out.")
-    with threads(settings.threads):
-        clock = machine.clock_of(device, settings.clock)
+    measured: list[_Measured] = []
+    with threads(settings.threads), _strictly_compiled(settings.compile):
+        clock, about = machine.clock_of(device, settings.clock), machine.describe(device)
         before = {name: machine.measure_roof(machine.DTYPES[name], device, clock) for name in settings.dtypes}
-        measured = [one for cell in _cells(settings) for one in _measure_cell(cell, settings, device, on_cell)]
+        for cell in _cells(settings):
+            for found in _measure_cell(cell, settings, device, on_cell):
+                measured += found
+                if on_part is not None:
+                    on_part(_document(settings, about, before, before, measured) | {"partial": True})
         after = {name: machine.measure_roof(machine.DTYPES[name], device, clock) for name in settings.dtypes}
-        about = machine.describe(device)
+    return _document(settings, about, before, after, measured)
+
+
+def _document(
+    settings: Settings,
+    about: dict[str, Any],
+    before: dict[str, tuple[float, float]],
+    after: dict[str, tuple[float, float]],
+    measured: list[_Measured],
+) -> dict[str, Any]:
     roofs = {name: machine.Roof.of(name, before[name], after[name]) for name in settings.dtypes}
     rows = compare([finish(one.row, one.drawn, one.shape, roofs[one.row.dtype]) for one in measured])
     return {
@@ -102,7 +123,8 @@ def _measure_cell(
     settings: Settings,
     device: torch.device,
     on_cell: Callable[[str], None],
-) -> Iterator[_Measured]:
+) -> Iterator[list[_Measured]]:
+    """The rows of each pass and number of tokens."""
     shape, dtype_name, train, pairs = cell
     dtype = machine.DTYPES[dtype_name]
     draw = routing.make(settings.routing, shape)
@@ -111,11 +133,13 @@ def _measure_cell(
     for what, tokens in pairs:
         on_cell(f"{shape.name} {dtype_name} {what} {tokens}")
         batches = make_batches(shape, tokens, dtype, device, draw, settings.seed + tokens, train)
+        if settings.compile:
+            torch._dynamo.reset()
         found = _measure_peers(layers, reasons, weights, batches, what, settings, device)
-        for name in settings.backends:
-            row = Row(shape.name, dtype_name, what, tokens, name)
-            yield _Measured(replace(row, **found[name]), [batch.counts for batch in batches], shape)
+        drawn = [batch.counts for batch in batches]
         del batches
+        start = Row(shape.name, dtype_name, what, tokens, "")
+        yield [_Measured(replace(start, backend=name, **found[name]), drawn, shape) for name in settings.backends]
     del layers, weights
     _release(device)
 
@@ -163,8 +187,12 @@ def _measure_peers(
             found[name] = {"reason": explain(error)}
             subjects.pop(name, None)
         _release(device)
+
+    def failed(name: str, error: Exception) -> None:
+        found[name] = {"reason": explain(error)}
+
     with nullcontext() if what in BACKWARD else torch.no_grad():
-        samples = interleave(subjects, machine.clock_of(device, settings.clock), settings.seconds)
+        samples = interleave(subjects, machine.clock_of(device, settings.clock), settings.seconds, failed)
     for name, sample in samples.items():
         p20, p50, p80 = sample.percentiles()
         found[name] |= {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "reps": len(sample.times)}
@@ -242,6 +270,16 @@ def _checked(errors: Errors) -> dict[str, Any]:
         "rms_error": errors.rms,
         "check": "passed" if errors.good else "failed",
     }
+
+
+def _strictly_compiled(compiled: bool) -> AbstractContextManager[object]:
+    """Inside, what torch.compile gives up on is an error: a time of eager mode is not one of compiled code."""
+    if not compiled:
+        return nullcontext()
+    import torch._dynamo.config as dynamo
+
+    known = hasattr(dynamo, "fail_on_recompile_limit_hit")
+    return dynamo.patch(fail_on_recompile_limit_hit=True) if known else nullcontext()
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def _line(weights: Weights, batch: Batch) -> tuning.Line:
 def _kernel(name: str, weights: Weights, batch: Batch) -> Call:
     """One launch of the Triton pipeline, on random rows where its input is an earlier kernel's output."""
     from moe_kernels.gpu.combine import combine
-    from moe_kernels.gpu.experts import grouped, grouped_outer
+    from moe_kernels.gpu.experts import activation_gradients, grouped, grouped_outer
 
     line = _line(weights, batch)
     plan = dispatch(batch.index_TK, weights.shape.num_experts, line.block_m)
@@ -97,12 +97,18 @@ def _kernel(name: str, weights: Weights, batch: Batch) -> Call:
         case "combine":
             y_SD, out_TD = random(x_TD.shape[1]), torch.empty_like(x_TD)
             return lambda: combine(y_SD, plan, weight_TK, out_TD)
+        case "dact":
+            h_SG = random(gate_up.shape[1])
+            return lambda: activation_gradients(dy_TD, h_SG, down, weight_TK, plan, line["dact"], SWIGLU)
         case "ddown":
             a_SF = random(down.shape[2])
             return lambda: grouped_outer(dy_TD, a_SF, plan, line["dw"], down, None, gather="a", weight_TK=weight_TK)
         case "dx":
             dh_SG = random(gate_up.shape[1])
             return lambda: grouped(dh_SG, gate_up.mT, plan, line["dx"])
+        case "dx, combined":
+            rows_SD, dx_TD = random(x_TD.shape[1]), torch.empty_like(x_TD)
+            return lambda: combine(rows_SD, plan, None, dx_TD)
         case "dgate_up":
             dh_SG = random(gate_up.shape[1])
             return lambda: grouped_outer(dh_SG, x_TD, plan, line["dw"], gate_up, None, gather="b")
@@ -139,8 +145,10 @@ STAGES = {
     "combine": _triton("combine", "weighted sum of each token's rows"),
     "forward": Stage("the whole layer, nothing kept", _inference, _pass("fwd")),
     "forward, kept": Stage("the whole layer, the up-projection kept for backward", _saving, _pass("fwd")),
+    "dact": _triton("dact", "gradients of the up-projection and the routing weights"),
     "ddown": _triton("ddown", "gradient of the down-projection"),
     "dx": _triton("dx", "gradients of the rows"),
+    "dx, combined": _triton("dx, combined", "sum of each token's gradients", "reduce"),
     "dgate_up": _triton("dgate_up", "gradient of the up-projection"),
     "backward": Stage("gradients to tokens, both weights and routing weights", _backward, _pass("bwd")),
 }

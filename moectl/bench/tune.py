@@ -1,20 +1,20 @@
 """Find launch choices for this device by trying them: `moectl bench layer --tune`.
 
 One line of a tuning table after the other, by coordinate descent: the size of the row blocks first, then each kernel's
-own choices, keeping what makes the whole pass faster by more than noise. Trials use a scratch table; only the result is
-saved.
+own choices, keeping what makes the whole pass faster by more than noise. Cells that share a line are tuned together.
+Trials use a scratch table; only the result is saved.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,10 @@ from moectl.bench.shapes import Shape
 from moectl.errors import MachineError
 from moectl.report.html import write
 
+Cell = tuple[Shape, str, int]
+"""Shape, dtype and tokens."""
 Measure = Callable[[tuning.Line], float]
-"""Milliseconds of a pass with a line in use; infinite where it cannot be launched."""
+"""What a pass takes with a line in use; infinite where it cannot be launched."""
 
 BLOCK_M = (16, 32, 64, 128)
 CHOICES: dict[str, tuple[int, ...]] = {
@@ -47,8 +49,15 @@ WORTH = 0.99
 VLLM_TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)
 
 
-def tune(settings: Settings, seconds: float, on_line: Callable[[str], None] = lambda _title: None) -> Path:
-    """Tune the lines that the shapes and tokens of `settings` use, about `seconds` each, and save the user's table.
+def tune(
+    settings: Settings,
+    seconds: float,
+    on_line: Callable[[str], None] = lambda _title: None,
+    on_skip: Callable[[str], None] = lambda _reason: None,
+) -> Path | None:
+    """Tune the lines that the cells of `settings` use, about `seconds` for each cell, and save the user's table.
+
+    `on_skip` is told about cells that no line serves; without any other there is no table.
 
     Raises:
         MachineError: there is no CUDA device.
@@ -58,29 +67,49 @@ def tune(settings: Settings, seconds: float, on_line: Callable[[str], None] = la
         raise MachineError("--tune needs a CUDA device.", "Only Triton kernels have launch choices.", "Leave it out.")
     probe = torch.empty(0, device=device)
     where = target.of(probe)
-    lines = list(current(where))
-    for shape in settings.shapes:
-        for dtype in settings.dtypes:
+    lines = list(tuning.table(where))
+    kernels = tuning.KERNELS if set(settings.what) & set(BACKWARD) else FORWARD
+    cells = by_line(settings, where, on_skip)
+    for place, sharing in cells.items():
+        names = ", ".join(f"{shape.name} {dtype} {tokens} tokens" for shape, dtype, tokens in sharing)
+        on_line(f"{names}: up to {lines[place].rows:g} rows per expert")
+        measure = together([_measure(cell, settings, where.name, lines, place) for cell in sharing])
+        lines[place] = search(lines[place], kernels, measure, seconds * len(sharing))
+    return tuning.save(where.name, tuple(lines)) if cells else None
+
+
+def by_line(settings: Settings, where: target.Target, on_skip: Callable[[str], None]) -> dict[int, list[Cell]]:
+    """Which cells use which line, by its place in the table; `on_skip` is told about those that use none."""
+    from moe_kernels.gpu import decode
+
+    backward = bool(set(settings.what) & set(BACKWARD))
+    found: dict[int, list[Cell]] = {}
+    for dtype in settings.dtypes:
+        if machine.DTYPES[dtype].itemsize != 2:
+            on_skip(f"{dtype} is not tuned: it takes the lines of the types of two bytes.")
+            continue
+        for shape in settings.shapes:
             for tokens in settings.tokens:
-                place = find(lines, tokens * shape.top_k, shape.num_experts)
-                on_line(f"{shape.name} {dtype} {tokens} tokens: up to {lines[place].rows:g} rows per expert")
-                measure = _measure(shape, dtype, tokens, settings, where.name, lines, place)
-                what = set(settings.what) & set(BACKWARD)
-                kernels = tuning.KERNELS if what else FORWARD
-                lines[place] = search(lines[place], kernels, measure, seconds)
-    return tuning.save(where.name, tuple(lines))
+                if not backward and decode.fits(tokens, shape.top_k, shape.num_experts):
+                    on_skip(f"{shape.name} {dtype} {tokens} tokens is not tuned: it takes the small-batch kernels.")
+                    continue
+                line = tuning.choose(where, tokens * shape.top_k, shape.num_experts)
+                found.setdefault(tuning.table(where).index(line), []).append((shape, dtype, tokens))
+    return found
 
 
-def current(where: target.Target) -> tuple[tuning.Line, ...]:
-    """The table in use for a device: the user's own or the packaged one."""
-    own = tuning.user_table(where.name)
-    packaged = files("moe_kernels") / "tables" / f"{where.arch}.json"
-    return tuning.parse(json.loads(own.read_text() if own.is_file() else packaged.read_text()))
+def together(cells: list[Measure]) -> Measure:
+    """The sum over cells, each as a share of its first time, so that a long one does not outweigh a short one."""
+    first: dict[int, float] = {}
 
+    def measure(line: tuning.Line) -> float:
+        taken = [cell(line) for cell in cells]
+        for number, time_ms in enumerate(taken):
+            if math.isfinite(time_ms):
+                first.setdefault(number, time_ms)
+        return sum(time_ms / first.get(number, 1.0) for number, time_ms in enumerate(taken))
 
-def find(lines: list[tuning.Line], rows: int, experts: int) -> int:
-    """Which line is for `rows` routed rows over `experts` experts."""
-    return next((i for i, line in enumerate(lines) if rows <= line.rows * experts), len(lines) - 1)
+    return measure
 
 
 def search(line: tuning.Line, kernels: tuple[str, ...], measure: Measure, seconds: float) -> tuning.Line:
@@ -120,9 +149,8 @@ def with_block_m(line: tuning.Line, block_m: int) -> tuning.Line:
     return replace(line, block_m=block_m, launches=launches)
 
 
-def _measure(
-    shape: Shape, dtype: str, tokens: int, settings: Settings, name: str, lines: list[tuning.Line], place: int
-) -> Measure:
+def _measure(cell: Cell, settings: Settings, name: str, lines: list[tuning.Line], place: int) -> Measure:
+    shape, dtype, tokens = cell
     device = machine.pick("cuda")
     what = "train" if set(settings.what) & set(BACKWARD) else "fwd"
     train = what == "train"
@@ -157,16 +185,17 @@ def _scratch() -> Iterator[None]:
                 del os.environ["XDG_CACHE_HOME"]
             else:
                 os.environ["XDG_CACHE_HOME"] = before
+            tuning.table.cache_clear()
 
 
-def export_vllm(shape: Shape, lines: list[tuning.Line], device_name: str, folder: Path) -> Path:
+def export_vllm(shape: Shape, where: target.Target, folder: Path) -> Path:
     """Write vLLM's `E=..,N=..,device_name=...json`: for each of its token counts the choices of our up-projection.
 
     vLLM has one entry for both products, so this is a start for its own tuner rather than its optimum.
     """
     entries: dict[str, Any] = {}
     for tokens in VLLM_TOKENS:
-        up = lines[find(lines, tokens * shape.top_k, shape.num_experts)]["up"]
+        up = tuning.choose(where, tokens * shape.top_k, shape.num_experts)["up"]
         entries[str(tokens)] = {
             "BLOCK_SIZE_M": up.block_m,
             "BLOCK_SIZE_N": up.block_n,
@@ -175,6 +204,6 @@ def export_vllm(shape: Shape, lines: list[tuning.Line], device_name: str, folder
             "num_warps": up.warps,
             "num_stages": up.stages,
         }
-    name = f"E={shape.num_experts},N={shape.intermediate_size},device_name={device_name.replace(' ', '_')}.json"
+    name = f"E={shape.num_experts},N={shape.intermediate_size},device_name={where.name.replace(' ', '_')}.json"
     write(folder / name, json.dumps(entries, indent=4) + "\n")
     return folder / name

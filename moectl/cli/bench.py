@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -113,11 +114,11 @@ def layer(
     if tune:
         from moectl.bench import tune as tuner
 
-        path = tuner.tune(settings, tune_time, say)
-        report.note(f"Launch choices kept in {path}.", quiet=quiet)
+        path = tuner.tune(settings, tune_time, say, lambda reason: report.note(reason, quiet=quiet))
+        report.note(f"Launch choices kept in {path}." if path else "Nothing was tuned.", quiet=quiet)
     if export is not None:
         _export(settings, export, quiet)
-    document = run.measure(settings, say)
+    document = run.measure(settings, say, _keep(output))
     _deliver(document, json=json, html=html, file=output, quiet=quiet)
     _gate(document, baseline, limit, quiet)
     rows.require_good(document)
@@ -332,7 +333,7 @@ def _export(settings: Settings, export: tuple[str, Path], quiet: bool) -> None:
         raise MachineError("--export needs a CUDA device.", "The choices are for one kind of GPU.", "Leave it out.")
     where = target.of(torch.empty(0, device=device))
     for shape in settings.shapes:
-        path = tune.export_vllm(shape, list(tune.current(where)), where.name, folder)
+        path = tune.export_vllm(shape, where, folder)
         output.note(f"vLLM finds {path} with VLLM_TUNED_CONFIG_FOLDER={folder}.", quiet=quiet)
 
 
@@ -345,15 +346,12 @@ def _progress(quiet: bool) -> Any:
 
 def _deliver(document: dict[str, Any], *, json: bool, html: Path | None, file: Path | None, quiet: bool) -> None:
     """The result on stdout, and into the files that were asked for."""
-    import shlex
-
     from moectl.bench import page, tables
     from moectl.bench.baseline import SCHEMA
     from moectl.report import html as pages
     from moectl.report import output
 
-    words = (Path(word).name if word.startswith("/") else word for word in sys.argv[1:])
-    document |= {"command": shlex.join(["moectl", *words]), "finding": tables.finding(document)}
+    document |= _told(document)
     if file is not None:
         pages.write(file, output.json_text(SCHEMA, document))
     if html is not None:
@@ -371,6 +369,26 @@ def _deliver(document: dict[str, Any], *, json: bool, html: Path | None, file: P
             output.warn(f"not measured: {reason}")
         else:
             output.note("  " + reason, quiet=quiet or not sys.stderr.isatty())
+
+
+def _told(document: dict[str, Any]) -> dict[str, str]:
+    """The command, and what came of it in one sentence."""
+    import shlex
+
+    from moectl.bench import tables
+
+    words = (Path(word).name if word.startswith("/") else word for word in sys.argv[1:])
+    return {"command": shlex.join(["moectl", *words]), "finding": tables.finding(document)}
+
+
+def _keep(file: Path | None) -> Callable[[dict[str, Any]], None] | None:
+    """What writes --output while there is more to measure, so that a run that is stopped leaves what it has."""
+    from moectl.bench.baseline import SCHEMA
+    from moectl.report import html, output
+
+    if file is None:
+        return None
+    return lambda document: html.write(file, output.json_text(SCHEMA, document | _told(document)))
 
 
 def _gate(document: dict[str, Any], baseline: Path | None, limit: float | None, quiet: bool) -> None:

@@ -197,6 +197,7 @@ class Run:
             ),
             lr=recipe.learning_rate,
             betas=BETAS,
+            fused=True,
         )
         self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         bounds = {"min_lr_rate": recipe.min_rate} if recipe.schedule == "cosine" else {}

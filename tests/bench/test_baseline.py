@@ -53,6 +53,23 @@ def test_other_machines_are_not_compared():
         compare(document(a=1.0), document(a=1.0) | {"kind": "model"})
 
 
+@pytest.mark.parametrize(
+    ("option", "where", "name"),
+    [
+        ("--threads", "device", "threads"),
+        ("--clock", "settings", "clock"),
+        ("--prompt", "settings", "prompt"),
+        ("--batch", "settings", "batch"),
+        ("--new-tokens", "settings", "new_tokens"),
+    ],
+)
+def test_options_that_all_rows_share_have_to_agree(option, where, name):
+    then, now = document(a=1.0), document(a=1.0)
+    then[where][name], now[where][name] = 1, 2
+    with pytest.raises(UsageError, match=f"another {option}: 1, this is 2"):
+        compare(now, then)
+
+
 def test_limits():
     assert parse_limit("5%") == parse_limit("0.05") == 0.05
     for text in ("", "five", "-1%", "5 percent"):

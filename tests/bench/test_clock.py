@@ -54,6 +54,25 @@ def test_subjects_take_turns_in_both_orders():
     assert places == list(range(48))  # every call gets its own inputs
 
 
+def test_one_that_fails_is_dropped():
+    """At once, and later: the others are timed as if it had not been there."""
+
+    def late(_state, calls=[]):  # noqa: B006
+        calls.append(1)
+        if len(calls) > 4:
+            raise RuntimeError("late")
+
+    def early(_state):
+        raise RuntimeError("early")
+
+    failed = {}
+    subjects = {name: Subject(lambda n: n, run) for name, run in [("e", early), ("l", late), ("good", lambda n: n)]}
+    samples = interleave(subjects, WallClock(), 0.001, lambda name, error: failed.update({name: str(error)}))
+    assert failed == {"e": "early", "l": "late"} and list(samples) == ["good"] and len(samples["good"].times) >= 11
+    with pytest.raises(RuntimeError, match="early"):
+        interleave(subjects, WallClock(), 0.001)
+
+
 def test_preparing_is_not_timed_and_inputs_rotate():
     seen = []
     subject = Subject(lambda n: time.sleep(0.01) or n, seen.append, calls=4)

@@ -1,16 +1,21 @@
 """Measuring layers: rows for everybody, errors beside the times, planted faults found."""
 
 import dataclasses
+import functools
 import json
+from importlib.util import find_spec
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from small_layer import ROOF, SMALL
 
+from moe_kernels import target, tuning
 from moectl.bench import kernels, run
 from moectl.bench.accuracy import TOLERANCE, Difference, check
-from moectl.bench.inputs import Batch, make_batches, make_weights
-from moectl.bench.peers import PEERS, Layer, Unavailable, build, loop
+from moectl.bench.inputs import Batch, Weights, make_batches, make_weights
+from moectl.bench.peers import PEERS, Layer, Unavailable, build, loop, ours
 from moectl.bench.roofline import ideal
 from moectl.bench.routing import make
 from moectl.bench.rows import Row, finish, require_good
@@ -36,7 +41,7 @@ def test_every_peer_is_a_row(settings):
     reasons = {name: row["reason"] for (*_, name), row in rows.items()}
     assert all(reasons[name] is None for name in MEASURED)
     for name in ("scattermoe", "megablocks", "grouped_gemm", "vllm", "tutel"):
-        assert reasons[name] == f"{name} is not installed"
+        assert reasons[name] == f"{name} is not installed" or find_spec(name)
     assert reasons["sonicmoe"] == reasons["deepgemm"] == "it runs on CUDA only"
     json.dumps(document, allow_nan=False)
 
@@ -171,6 +176,72 @@ def test_a_peer_that_fails_is_a_row_with_the_reason(settings, plant):
     )
 
 
+@pytest.mark.usefixtures("roof")
+def test_a_peer_that_fails_while_it_is_timed_is_a_row_with_the_reason(settings, plant):
+    calls = []
+
+    def build(weights):
+        def call(*given):
+            calls.append(1)
+            if len(calls) > 6:
+                raise RuntimeError("out of something")
+            return loop.build(weights).call(*given)
+
+        return Layer(call)
+
+    plant("tired", build)
+    _, rows = measured(settings, backends=["tired", "loop"], tokens=[5], seconds=0.02)
+    assert rows["fwd", "float32", 5, "tired"]["reason"] == "RuntimeError: out of something"
+    assert rows["fwd", "float32", 5, "tired"]["p50_ms"] is None and rows["fwd", "float32", 5, "loop"]["p50_ms"] > 0
+
+
+@pytest.mark.usefixtures("roof")
+def test_what_torch_compile_gives_up_on_is_a_reason(settings, plant, monkeypatch):
+    """A list that grows with each call is compiled anew each time; eager code must not be timed in its place."""
+
+    def restless(weights):
+        seen = []
+
+        def call(x, _index, _weight):
+            seen.append(1)
+            return x * len(seen)
+
+        return dataclasses.replace(loop.build(weights), call=call)
+
+    plant("restless", restless)
+    plant("twice", lambda weights: Layer(lambda x, _index, _weight: x + len(weights.gate_up_EGD)))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    with torch._dynamo.config.patch(recompile_limit=1):
+        _, rows = measured(settings, backends=["restless", "twice"], compile=True, check=False)
+    for tokens in settings.tokens:
+        assert "recompile_limit" in rows["fwd", "float32", tokens, "restless"]["reason"]
+        assert rows["fwd", "float32", tokens, "twice"]["p50_ms"] > 0  # each cell starts anew
+
+
+@pytest.mark.usefixtures("roof")
+def test_what_is_measured_so_far_is_told_after_each_cell(settings):
+    parts = []
+    names = ["moectl", "loop"]
+    document = run.measure(dataclasses.replace(settings, backends=names), on_part=parts.append)
+    assert [[(row["tokens"], row["backend"]) for row in part["rows"]] for part in parts] == [
+        [(1, name) for name in names],
+        [(tokens, name) for tokens in (1, 5) for name in names],
+    ]
+    assert all(part["partial"] for part in parts) and "partial" not in document
+    assert document == {key: value for key, value in parts[-1].items() if key != "partial"}
+
+
+def test_training_has_row_blocks_however_small_the_batch():
+    """The small-batch kernels have none, and no backward pass."""
+    where = target.Target("sm_90", "a GPU that nobody has tuned")
+    for train in (False, True):
+        gate_up = SimpleNamespace(is_cuda=True, requires_grad=train)
+        layer = ours.build(SimpleNamespace(shape=SMALL, gate_up_EGD=gate_up, down_EDF=None))
+        with mock.patch.object(target, "of", lambda _: where):
+            expected = tuning.choose(where, 2, SMALL.num_experts).block_m if train else None
+            assert layer.block_m(2) == expected
+
+
 def test_inputs_outgrow_the_cache():
     weights = make_weights(SMALL, torch.float32, CPU, 0, False)
     batches = make_batches(SMALL, 4, torch.float32, CPU, make("uniform", SMALL), 0, False)
@@ -198,6 +269,32 @@ def test_stages(settings):
     assert [row["stage"] for row in document["rows"]] == expected
     assert all(row["p50_ms"] > 0 and row["reason"] is None for row in document["rows"])
     assert {row["stage"] for row in document["rows"] if row["floor_ms"]} == {"forward", "forward, kept", "backward"}
+
+
+def test_stages_of_a_gpu_are_the_kernels_that_they_say():
+    """On tensors without memory, with a recorder in the place of the launches."""
+    from triton.runtime.jit import JITFunction
+
+    seen = []
+    on = {"device": "meta", "dtype": torch.bfloat16}
+    weights = Weights(SMALL, torch.empty(6, 32, 32, **on), torch.empty(6, 32, 16, **on))
+    index = torch.empty(5, 2, dtype=torch.int64, device="meta")
+    batch = Batch(torch.empty(5, 32, **on), index, torch.empty(5, 2, **on), torch.empty(5, 32, **on), [10] + [0] * 5)
+    expected = {
+        "up": "forward", "up, kept": "forward", "down": "forward", "combine": "combine", "dact": "activation",
+        "ddown": "weight", "dx": "forward", "dx, combined": "combine", "dgate_up": "weight",
+    }  # fmt: skip
+    with (
+        mock.patch.object(JITFunction, "run", lambda kernel, *_, **__: seen.append(kernel.fn.__name__)),
+        mock.patch.object(target, "uses_triton", lambda _: True),
+        mock.patch.object(target, "of", lambda _: target.Target("sm_90", "a GPU that nobody has tuned")),
+    ):
+        for name in (name for name, stage in STAGES.items() if stage.devices == ("cuda",)):
+            call = STAGES[name].make(weights, batch)
+            seen.clear()
+            call()
+            assert seen == [f"{expected.pop(name)}_kernel"] and STAGES[name].work(weights, batch).nbytes > 0
+    assert not expected
 
 
 def test_the_roof_is_a_possible_speed():

@@ -1,6 +1,7 @@
 """The search for launch choices, on a machine that is made up."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -8,10 +9,11 @@ from moe_kernels import tuning
 from moe_kernels.target import Target
 from moectl.bench import tune
 from moectl.bench.run import Settings
-from moectl.bench.shapes import PRESETS
+from moectl.bench.shapes import PRESETS, Shape
 from moectl.errors import MachineError
 
-LINES = list(tune.current(Target("sm_90", "a GPU that nobody has tuned")))
+GPU = Target("sm_90", "a GPU that nobody has tuned")
+LINES = list(tuning.table(GPU))
 
 
 def cost(line: tuning.Line) -> float:
@@ -38,14 +40,50 @@ def test_without_time_or_gain_nothing_changes():
     assert tune.search(LINES[0], tune.FORWARD, cost, seconds=0) == LINES[0]
 
 
-def test_the_line_for_a_batch_is_the_one_the_kernels_take():
-    for rows, experts in ((1, 128), (16, 8), (4096, 64), (10**6, 8)):
-        assert LINES[tune.find(LINES, rows, experts)] == tuning.choose(Target("sm_90", "a GPU"), rows, experts)
+def cells_of(what, dtypes=("bfloat16",), tokens=(1, 4, 4096)):
+    skipped = []
+    shape = Shape(64, 32, 128, 8, name="s")
+    settings = Settings([shape], list(tokens), [what], list(dtypes), [])
+    found = tune.by_line(settings, GPU, skipped.append)
+    for place, cells in found.items():
+        for _, _, count in cells:
+            assert LINES[place] == tuning.choose(GPU, count * 8, 128)
+    return {(dtype, count) for cells in found.values() for _, dtype, count in cells}, skipped
+
+
+def test_only_cells_that_launch_a_line_are_tuned():
+    """One and four tokens of 128 experts go to the small-batch kernels, unless there is a backward pass."""
+    tuned, skipped = cells_of("fwd")
+    assert tuned == {("bfloat16", 4096)} and len(skipped) == 2 and "small-batch" in skipped[0]
+    assert cells_of("train") == ({("bfloat16", count) for count in (1, 4, 4096)}, [])
+
+
+def test_only_types_of_two_bytes_are_tuned():
+    tuned, skipped = cells_of("fwd", ("float32", "float16"), [4096])
+    assert tuned == {("float16", 4096)} and len(skipped) == 1 and "float32" in skipped[0]
+
+
+def test_cells_that_share_a_line_are_weighed_together():
+    """What helps a long cell by 5 % and costs a short one 50 % is no gain, in whatever order they come."""
+    start = LINES[0]
+    other = replace(start, block_m=start.block_m * 2)
+
+    def long(line):
+        return 95.0 if line == other else 100.0
+
+    def short(line):
+        return 1.5 if line == other else 1.0
+
+    for cells in ([long, short], [short, long]):
+        measure = tune.together(cells)
+        assert measure(start) == 2.0 and measure(other) == pytest.approx(2.45)
+    broken = tune.together([long, lambda line: 3.0 if line == other else float("inf")])
+    assert broken(start) == float("inf") and broken(other) == pytest.approx(1.95)
 
 
 def test_export_for_vllm(tmp_path):
     shape = PRESETS["qwen3-30b-a3b"]
-    path = tune.export_vllm(shape, LINES, "NVIDIA H200", tmp_path)
+    path = tune.export_vllm(shape, Target("sm_90", "NVIDIA H200"), tmp_path)
     assert path.name == "E=128,N=768,device_name=NVIDIA_H200.json"
     entries = json.loads(path.read_text())
     assert list(entries) == [str(tokens) for tokens in tune.VLLM_TOKENS]
@@ -56,7 +94,9 @@ def test_export_for_vllm(tmp_path):
 def test_trials_leave_the_users_table_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with tune._scratch():
-        assert not str(tuning.save("a GPU", tuple(LINES))).startswith(str(tmp_path))
+        assert not str(tuning.save(GPU.name, tuple(LINES[:1]))).startswith(str(tmp_path))
+        assert tuning.table(GPU) == tuple(LINES[:1])
+    assert tuning.table(GPU) == tuple(LINES)
     assert not list(tmp_path.iterdir()) and tuning.user_table("a GPU").is_relative_to(tmp_path)
 
 

@@ -86,21 +86,10 @@ def backward(
     no bias, is None.
     """
     line = tuning.choose(target.of(x_TD), len(plan.row), plan.num_experts)
-    line_dact = line["dact"].fitted(x_TD.element_size())
-    rows, width = len(plan.row), down_EDF.shape[2]
-    tiles = triton.cdiv(width, line_dact.block_n)
-    a_SF, dh_SG = x_TD.new_empty(rows, width), torch.empty_like(h_SG)
-    share = torch.empty(rows, tiles, dtype=torch.float32, device=x_TD.device)
     weight = weight_TK.contiguous()
-    with target.on(x_TD):
-        gemm.activation_kernel[(plan.most_blocks * tiles,)](
-            dout_TD, down_EDF, h_SG, weight, dh_SG, a_SF, share,
-            plan.offsets, plan.row, plan.schedule, plan.n_blocks,
-            *dout_TD.stride(), down_EDF.stride(0), down_EDF.stride(2), down_EDF.stride(1),
-            width, down_EDF.shape[1], plan.top_k, *halves(width, activation, interleaved),
-            *constants(activation), **options(line_dact, x_TD),
-            GROUP_M=line_dact.group_m, CHUNK=min(32, line_dact.block_n),
-        )  # fmt: skip
+    dh_SG, a_SF, share = activation_gradients(
+        dout_TD, h_SG, down_EDF, weight, plan, line["dact"], activation, interleaved
+    )
     dx_TD = ddown = ddown_bias = dgate_up = dgate_up_bias = None
     if needs[2]:
         ddown, ddown_bias = grouped_outer(
@@ -117,6 +106,38 @@ def backward(
         dweight_S += (dout_TD.float() @ down_bias_ED.float().T)[token, plan.expert]
     dweight = by_choice(dweight_S, plan).view_as(weight_TK).to(weight_TK.dtype)
     return dx_TD, dgate_up, ddown, dweight, dgate_up_bias, ddown_bias
+
+
+def activation_gradients(
+    dout_TD: Tensor,
+    h_SG: Tensor,
+    down_EDF: Tensor,
+    weight_TK: Tensor,
+    plan: Dispatch,
+    launch: tuning.Launch,
+    activation: Activation,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By place: the gradient to the up-projection [S, G], weight * a [S, F], and that to the routing weight, which is
+    the sum over [S, tiles of F].
+
+    `weight_TK` is contiguous. Places that are not in use stay unwritten.
+    """
+    launch = launch.fitted(h_SG.element_size())
+    rows, width = len(plan.row), down_EDF.shape[2]
+    tiles = triton.cdiv(width, launch.block_n)
+    a_SF, dh_SG = h_SG.new_empty(rows, width), torch.empty_like(h_SG)
+    share = torch.empty(rows, tiles, dtype=torch.float32, device=h_SG.device)
+    with target.on(h_SG):
+        gemm.activation_kernel[(plan.most_blocks * tiles,)](
+            dout_TD, down_EDF, h_SG, weight_TK, dh_SG, a_SF, share,
+            plan.offsets, plan.row, plan.schedule, plan.n_blocks,
+            *dout_TD.stride(), down_EDF.stride(0), down_EDF.stride(2), down_EDF.stride(1),
+            width, down_EDF.shape[1], plan.top_k, *halves(width, activation, interleaved),
+            *constants(activation), **options(launch, h_SG),
+            GROUP_M=launch.group_m, CHUNK=min(32, launch.block_n),
+        )  # fmt: skip
+    return dh_SG, a_SF, share
 
 
 def grouped(

@@ -16,7 +16,8 @@ def build(weights: Weights) -> Layer:
             return None
         from moe_kernels.gpu import decode
 
-        if decode.fits(rows // weights.shape.top_k, weights.shape.top_k, weights.shape.num_experts):
+        small = decode.fits(rows // weights.shape.top_k, weights.shape.top_k, weights.shape.num_experts)
+        if small and not gate_up.requires_grad:
             return None  # these kernels go row by row
         return tuning.choose(target.of(gate_up), rows, weights.shape.num_experts).block_m
 
