@@ -20,8 +20,14 @@ from moectl.bench.stages import STAGES, Call
 Row = dict[str, Any]
 
 
-def measure(settings: Settings, on_cell: Callable[[str], None] = lambda _title: None) -> dict[str, Any]:
+def measure(
+    settings: Settings,
+    on_cell: Callable[[str], None] = lambda _title: None,
+    on_part: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
     """One row per shape, dtype, number of tokens and stage; a stage that fails is a row with a reason.
+
+    `on_part` is given the document so far, which says that it is partial, after each number of tokens.
 
     Raises:
         MachineError: no such device, or the weights do not fit.
@@ -29,7 +35,7 @@ def measure(settings: Settings, on_cell: Callable[[str], None] = lambda _title: 
     device = machine.pick(settings.device)
     rows: list[tuple[Row, list[Work]]] = []
     with threads(settings.threads):
-        clock = machine.clock_of(device, settings.clock)
+        clock, about = machine.clock_of(device, settings.clock), machine.describe(device)
         before = {name: machine.measure_roof(machine.DTYPES[name], device, clock) for name in settings.dtypes}
         for shape in settings.shapes:
             for name in settings.dtypes:
@@ -46,8 +52,19 @@ def measure(settings: Settings, on_cell: Callable[[str], None] = lambda _title: 
                         work = STAGES[stage].work
                         done = [work(weights[0], batch) for batch in batches] if work else []
                         rows.append(({**start, "stage": stage, **fields}, done))
+                    if on_part is not None:
+                        on_part(_document(settings, about, before, before, rows) | {"partial": True})
         after = {name: machine.measure_roof(machine.DTYPES[name], device, clock) for name in settings.dtypes}
-        about = machine.describe(device)
+    return _document(settings, about, before, after, rows)
+
+
+def _document(
+    settings: Settings,
+    about: dict[str, Any],
+    before: dict[str, tuple[float, float]],
+    after: dict[str, tuple[float, float]],
+    rows: list[tuple[Row, list[Work]]],
+) -> dict[str, Any]:
     roofs = {name: machine.Roof.of(name, before[name], after[name]) for name in settings.dtypes}
     return {
         "kind": "kernels",

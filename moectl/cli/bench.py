@@ -150,7 +150,7 @@ def kernels(
 
     settings = _settings(models, shape, tokens, dtype, routing, tp_size, device, threads, clock, time, seed, revision)
     limit = _limit(baseline, fail_slower)
-    document = stages.measure(settings, _progress(quiet))
+    document = stages.measure(settings, _progress(quiet), _keep(output))
     _deliver(document, json=json, html=html, file=output, quiet=quiet)
     _gate(document, baseline, limit, quiet)
 

@@ -71,7 +71,7 @@ def test_what_a_person_sees(document):
     assert columns[:4] == ["tokens", "backend", "ms", "p20-p80"] and len(rows) == 6
     columns, rows = tables.full(document)
     assert len(rows) == 7 and "other_clock_ms" in columns
-    assert tables.missing(document) == ["<b>&\\x1b[31m: <script>"] or tables.missing(document)[0].endswith("<script>")
+    assert tables.missing(document) == ["<b>&\x1b[31m: <script>"]
 
 
 def test_the_finding_is_ours_against_the_fastest_of_the_others():

@@ -20,7 +20,7 @@ MODULES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.stem)
 def test_in_the_interpreter(module: Path, record_property: Any) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(module)],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(module)],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
