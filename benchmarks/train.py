@@ -31,7 +31,7 @@ from transformers.utils import logging
 from moectl.checkpoint.source import Checkpoint
 from moectl.data.mixture import mixture_rows
 from moectl.data.tokens import BYTE_EOS_ID, byte_tokenizer
-from moectl.training.experts import NAME
+from moectl.integrations.transformers import NAME
 from moectl.training.metrics import flops_per_token, matmul_speed
 from moectl.training.recipe import TrainRecipe
 from moectl.training.routers import moe_blocks

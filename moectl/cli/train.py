@@ -62,7 +62,7 @@ def train(
     dtype: Compute = "float32",
     experts_implementation: Annotated[
         str | None,
-        typer.Option(help="transformers' name of one, or moectl-train, the default on a GPU.", show_default=False),
+        typer.Option(help="transformers' name of one, or moectl, the default on a GPU.", show_default=False),
     ] = None,
     expert_parallel: Annotated[
         int, typer.Option(help="Processes the experts of a layer are spread over; tokens are sent to them.")

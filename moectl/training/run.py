@@ -29,12 +29,12 @@ from moectl.checkpoint.source import Checkpoint
 from moectl.data.chat import is_chat
 from moectl.data.mixture import Row, mixture_rows
 from moectl.errors import CheckFailed
+from moectl.integrations.transformers import NAME
 from moectl.layerwise.skeleton import decoder_layers
 from moectl.text import escape
 from moectl.training import parameters
 from moectl.training.checkpoints import Checkpoints, whole_model
 from moectl.training.expert_parallel import distributed_config
-from moectl.training.experts import NAME
 from moectl.training.export import publish
 from moectl.training.hold import claimed, discard, stoppable
 from moectl.training.metrics import Metrics, MetricsFile, flops_per_token, load_cv, matmul_speed, max_vio

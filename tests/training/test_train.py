@@ -29,8 +29,8 @@ from moectl.checkpoint.writer import write
 from moectl.cli.main import app
 from moectl.data.mixture import mixture_rows
 from moectl.errors import CheckFailed, InputError, UsageError
+from moectl.integrations.transformers import NAME
 from moectl.training import run
-from moectl.training.experts import NAME
 from moectl.training.live import sparkline
 from moectl.training.loop import train as plain_loop
 from moectl.training.metrics import MetricsFile, read_metrics
