@@ -30,5 +30,3 @@ moectl upcycle sparse "$folder/seed" -o "$folder/upcycled-start" --experts 3 --t
 moectl train "$folder/upcycled-start" -o "$folder/upcycled" "${domains[@]}" --steps "$total" --lr 1e-3 "${sizes[@]}"
 moectl eval "$folder/seed" "${branches[@]}" "$folder/btx" "$folder/dense" "$folder/upcycled" "${domains[@]}" \
     --ensemble --max-tokens 60000 --quiet --json >"$folder/eval.json"
-moectl eval "$folder/seed" "${branches[@]}" "$folder/btx" "$folder/dense" "$folder/upcycled" "${domains[@]}" \
-    --ensemble --max-tokens 60000 --quiet
