@@ -51,6 +51,19 @@ def model_card(
         same,
         *([notes] if notes else []),
         "",
+        *sizes_and_loading(facts, auto),
+        "",
+        "Training it further needs `output_router_logits=True` for the load-balancing loss to count",
+        f"(`router_aux_loss_coef` is {recipe['aux_loss_coef']}).",
+        "",
+        *equivalence_and_recipe(recipe),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def sizes_and_loading(facts: Mapping[str, Any], auto: str = "AutoModelForCausalLM") -> list[str]:
+    """Lines of a card of one source: parameters before and after, and how the model is loaded."""
+    return [
         "| | source | this model |",
         "|---|---|---|",
         f"| parameters | {facts['source_parameters']:,} | {facts['parameters']:,} |",
@@ -61,10 +74,12 @@ def model_card(
         "",
         f"model = {auto}.from_pretrained(path)",
         "```",
-        "",
-        "Training it further needs `output_router_logits=True` for the load-balancing loss to count",
-        f"(`router_aux_loss_coef` is {recipe['aux_loss_coef']}).",
-        "",
+    ]
+
+
+def equivalence_and_recipe(recipe: Mapping[str, Any]) -> list[str]:
+    """The last lines of a card of one source: a place for what `moectl verify` measures, and the recipe."""
+    return [
         "## Equivalence",
         "",
         EQUIVALENCE_START,
@@ -79,7 +94,6 @@ def model_card(
         json.dumps(dict(recipe), indent=2),
         "```",
     ]
-    return "\n".join(lines) + "\n"
 
 
 def with_equivalence(card: str, measured: str) -> str:

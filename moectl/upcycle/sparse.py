@@ -6,23 +6,20 @@ the router says: sum_j w_j FFN(x) = FFN(x). `noise` gives that up for diversity.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from moectl.checkpoint.dtypes import FLOATS, TORCH_NAMES
-from moectl.checkpoint.expressions import Copy, substituted
-from moectl.checkpoint.plan import OutputTensor, Plan, planned
+from moectl.checkpoint.plan import Plan
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError, UsageError
 from moectl.families import config as configs
-from moectl.families.quantised import Weights, weights_of
+from moectl.families.quantised import weights_of
 from moectl.families.registry import DENSE, MOE, find_pair
 from moectl.families.shapes import check_tensors
-from moectl.families.spec import Ffn, MoeFamily, Pair, PlainMlp
-from moectl.upcycle.block import MoeLayer, check_experts, emit
+from moectl.families.spec import Ffn, MoeFamily
+from moectl.upcycle.block import MoeLayer, check_experts
 from moectl.upcycle.experts import routed_experts, router_rows
-from moectl.upcycle.planning import finished_plan
+from moectl.upcycle.planning import finished_plan, tensors_of
 from moectl.upcycle.recipe import SparseRecipe, chosen_layers
 from moectl.upcycle.shared import Kind, check_width, shared_expert, shared_kind, shared_width
 from moectl.upcycle.switch import plan_switch
@@ -64,7 +61,11 @@ def plan_sparse(source: Checkpoint, recipe: SparseRecipe) -> Plan:
     }
     dtype = None if recipe.dtype == "auto" else recipe.dtype
     moe_config = configs.translated(pair, config, moe, fields, dtype)
-    tensors = tuple(_tensors(source, weights, pair, shared, names, config, recipe, moe_layers))
+
+    def block(layer: int, ffn: Ffn) -> MoeLayer:
+        return _moe_layer(layer, ffn, moe, shared, config, recipe)
+
+    tensors = tuple(tensors_of(source, weights, pair, names, config, moe_layers, recipe.dtype, block))
     return finished_plan(
         source,
         weights,
@@ -76,37 +77,6 @@ def plan_sparse(source: Checkpoint, recipe: SparseRecipe) -> Plan:
         per_expert=len(moe_layers) * 3 * config["hidden_size"] * width,
         exact=recipe.keeps_function and (recipe.dtype == "auto" or weights.scheme is not None),
     )
-
-
-def _tensors(
-    source: Checkpoint,
-    weights: Weights,
-    pair: Pair,
-    shared: Kind,
-    names: list[str],
-    config: dict[str, Any],
-    recipe: SparseRecipe,
-    moe_layers: tuple[int, ...],
-) -> Iterator[OutputTensor]:
-    """Every tensor in the order the model has them; the first of a layer's FFN stands for the whole of it."""
-    dense, moe = DENSE[pair.dense], MOE[pair.moe]
-    assert not isinstance(dense.mlp, PlainMlp)
-    cast = TORCH_NAMES.get(recipe.dtype)
-    first, *others = (spec.name for spec in dense.mlp.tensors)
-    layer_of = {first.format(layer=layer): layer for layer in moe_layers}
-    replaced = {pattern.format(layer=layer) for layer in moe_layers for pattern in others}
-    rewritten = pair.rewritten(config["num_hidden_layers"], config)
-    for name in names:
-        own = weights.dtypes[name]
-        if name in layer_of:
-            ffn = dense.mlp.ffn(layer_of[name], config["intermediate_size"])
-            ffn = Ffn(*(substituted(part, weights.tensors) for part in ffn.parts))
-            block = _moe_layer(layer_of[name], ffn, moe, shared, config, recipe)
-            yield from emit(block, moe, (source,), cast or own)
-        elif name not in replaced:
-            for new, expression in rewritten.get(name, {name: Copy(name)}).items():
-                expression = substituted(expression, weights.tensors)
-                yield planned(new, expression, (source,), cast if cast and own in FLOATS else own)
 
 
 def _moe_layer(

@@ -11,37 +11,32 @@ A plan lists the neurons of every expert, so weights and statistics are read to 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 
-from moectl.checkpoint.dtypes import FLOATS, TORCH_NAMES
 from moectl.checkpoint.evaluate import evaluate
 from moectl.checkpoint.expressions import (
     AddLowRank,
     Concat,
-    Copy,
     Expression,
     Index,
     Init,
     Literal,
     RowMean,
     Scale,
-    substituted,
 )
-from moectl.checkpoint.plan import OutputTensor, Plan, planned
+from moectl.checkpoint.plan import Plan, planned
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError, UsageError
 from moectl.families import config as configs
-from moectl.families.quantised import Weights, weights_of
+from moectl.families.quantised import weights_of
 from moectl.families.registry import DENSE, MOE, PAIRS, find_pair
 from moectl.families.shapes import check_tensors
 from moectl.families.spec import Config, Ffn, MoeFamily, Pair, PlainMlp
-from moectl.upcycle.block import MoeLayer, check_experts, emit
+from moectl.upcycle.block import MoeLayer, check_experts
 from moectl.upcycle.experts import scale_factors, scaled
+from moectl.upcycle.planning import facts_of, tensors_of
 from moectl.upcycle.recipe import chosen_layers
 from moectl.upcycle.shared import SILENT_WIDTH
 from moectl.upcycle.split_assign import clusters
@@ -92,22 +87,20 @@ def plan_split(source: Checkpoint, recipe: SplitRecipe, rates: ActivationRates |
         "shared_count": _shared_width(moe, recipe, width) // width,
     }
     moe_config = configs.translated(pair, config, moe, fields, None if recipe.dtype == "auto" else recipe.dtype)
-    tensors = tuple(_tensors(source, weights, pair, names, config, recipe, layers, rates))
+
+    def block(layer: int, ffn: Ffn) -> MoeLayer:
+        rate_F = None if rates is None else rates.rates[layer]
+        shared, parts = _parts(source, ffn, config["intermediate_size"], recipe, f"layers.{layer}", rate_F)
+        return _block(layer, ffn, shared, parts, moe, config, recipe)
+
+    tensors = tuple(tensors_of(source, weights, pair, names, config, layers, recipe.dtype, block))
     recorded = {"method": "split", **asdict(recipe), "into": moe.model_type}
     recorded |= {"top_k": recipe.active, "router": recipe.routing}
     if rates is not None:
         recorded["statistics"] = rates.to_json()
-    total = sum(math.prod(tensor.shape) for tensor in tensors)
-    facts = {
-        "family": moe.model_type,
-        "source_family": dense.model_type,
-        "source_parameters": sum(math.prod(shape) for shape in weights.shapes.values()),
-        "source_bytes": source.nbytes,
-        "parameters": total,
-        "active_parameters": total - (recipe.routed - recipe.active) * len(layers) * 3 * config["hidden_size"] * width,
-        "dequantised": weights.scheme,
-        "exact": recipe.keeps_function and (recipe.dtype == "auto" or weights.scheme is not None),
-    }
+    idle = (recipe.routed - recipe.active) * len(layers) * 3 * config["hidden_size"] * width
+    exact = recipe.keeps_function and (recipe.dtype == "auto" or weights.scheme is not None)
+    facts = facts_of(source, weights, dense, moe, tensors, idle=idle, exact=exact)
     return Plan(
         sources=(source,),
         tensors=tensors,
@@ -151,39 +144,6 @@ def split_pair(source: Checkpoint, recipe: SplitRecipe) -> Pair:
             f"To go on, {into}leave --shared out.",
         )
     return pair
-
-
-def _tensors(
-    source: Checkpoint,
-    weights: Weights,
-    pair: Pair,
-    names: list[str],
-    config: dict[str, Any],
-    recipe: SplitRecipe,
-    layers: tuple[int, ...],
-    rates: ActivationRates | None,
-) -> Iterator[OutputTensor]:
-    """Every tensor in the order the model has them; the first of a layer's FFN stands for the whole of it."""
-    dense, moe = DENSE[pair.dense], MOE[pair.moe]
-    assert not isinstance(dense.mlp, PlainMlp)
-    cast = TORCH_NAMES.get(recipe.dtype)
-    first, *others = (spec.name for spec in dense.mlp.tensors)
-    layer_of = {first.format(layer=layer): layer for layer in layers}
-    replaced = {pattern.format(layer=layer) for layer in layers for pattern in others}
-    rewritten = pair.rewritten(config["num_hidden_layers"], config)
-    for name in names:
-        own = weights.dtypes[name]
-        if name in layer_of:
-            layer = layer_of[name]
-            ffn = dense.mlp.ffn(layer, config["intermediate_size"])
-            ffn = Ffn(*(substituted(part, weights.tensors) for part in ffn.parts))
-            rate_F = None if rates is None else rates.rates[layer]
-            shared, parts = _parts(source, ffn, config["intermediate_size"], recipe, f"layers.{layer}", rate_F)
-            yield from emit(_block(layer, ffn, shared, parts, moe, config, recipe), moe, (source,), cast or own)
-        elif name not in replaced:
-            for new, expression in rewritten.get(name, {name: Copy(name)}).items():
-                expression = substituted(expression, weights.tensors)
-                yield planned(new, expression, (source,), cast if cast and own in FLOATS else own)
 
 
 def _parts(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from moectl.checkpoint.source import Checkpoint
 from moectl.families.spec import MoeFamily
 from moectl.text import escape
-from moectl.upcycle.card import EQUIVALENCE_END, EQUIVALENCE_START, inherited
+from moectl.upcycle.card import equivalence_and_recipe, inherited, sizes_and_loading
 
 
 def split_card(source: Checkpoint, moe: MoeFamily, recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
@@ -43,29 +42,8 @@ def split_card(source: Checkpoint, moe: MoeFamily, recipe: Mapping[str, Any], fa
         "[2502.04416](https://arxiv.org/abs/2502.04416)).",
         same,
         "",
-        "| | source | this model |",
-        "|---|---|---|",
-        f"| parameters | {facts['source_parameters']:,} | {facts['parameters']:,} |",
-        f"| active per token | {facts['source_parameters']:,} | {facts['active_parameters']:,} |",
+        *sizes_and_loading(facts),
         "",
-        "```python",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        "model = AutoModelForCausalLM.from_pretrained(path)",
-        "```",
-        "",
-        "## Equivalence",
-        "",
-        EQUIVALENCE_START,
-        "Not measured yet: `moectl verify MODEL --against SOURCE --write-card` puts the numbers here.",
-        EQUIVALENCE_END,
-        "",
-        "## Recipe",
-        "",
-        "Hashes of every tensor, the source and the plan are in `moectl.json`; `moectl verify MODEL` checks them.",
-        "",
-        "```json",
-        json.dumps(dict(recipe), indent=2),
-        "```",
+        *equivalence_and_recipe(recipe),
     ]
     return "\n".join(lines) + "\n"
