@@ -1,8 +1,9 @@
-"""Routing, dispatch and expert layers in plain torch, loops included: what every kernel is tested against, up to
-float64.
+"""Routing, dispatch and expert layers in plain torch, loops included: what every kernel is tested against.
 
-Legend: T tokens, D hidden_size, F expert width, G rows of the up-projection (2F with a gate), E experts, K top-k, S =
-T*K.
+It computes in the type it is given, up to float64.
+
+Legend: T tokens, D hidden_size, F expert width, G rows of the up-projection (2F with a gate), E experts, K top-k,
+S = T*K.
 """
 
 from __future__ import annotations

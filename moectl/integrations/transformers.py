@@ -31,7 +31,8 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
     """The experts of one layer: [T, D] with choices and weights [T, K] -> [T, D], differentiable but for the choices.
 
     Under expert parallelism ids are this rank's, and one >= `experts.num_experts` is another rank's and adds nothing.
-    The product is in the type of the weights and the result in that of `hidden_states`, as autocast may mix them.
+    The product is in the type of the weights, or in autocast's where they are float32, and the result in that of
+    `hidden_states`.
 
     Raises:
         InputError: the experts are packed and a gradient is asked for.

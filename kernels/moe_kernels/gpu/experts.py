@@ -10,8 +10,8 @@
 
 Only x and h outlive the forward pass, and no row of hidden width is kept for each choice (SonicMoE, arXiv 2512.14080).
 
-Legend: T tokens, D hidden_size, F expert width, G rows of the up-projection (2F with a gate), E experts, K top-k, S =
-T*K.
+Legend: T tokens, D hidden_size, F expert width, G rows of the up-projection (2F with a gate), E experts, K top-k,
+S = T*K.
 """
 
 from __future__ import annotations

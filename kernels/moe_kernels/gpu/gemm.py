@@ -145,8 +145,7 @@ def activation_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """With da = dy[token] down_e: dh = weight * a'(h) da, a = weight * a(h), and this tile's share of dweight = <da,
-    a(h)>.
+    """With da = dy[token] down_e: dh = weight * a'(h) da, a = weight * a(h), and a share of dweight = <da, a(h)>.
 
     N is F and K is D here. The shares of dweight are written [S, tiles of N] and summed later, in one order.
     """
