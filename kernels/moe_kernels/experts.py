@@ -2,7 +2,8 @@
 
 A known activation takes the fused path: one call forward and one backward. Any other function, or a norm on the
 experts' outputs, takes the composed one: grouped product, function, grouped product, norm, combine, each
-differentiable. Under torch.compile the calls are opaque operators, so nothing of them is traced and nothing breaks the graph.
+differentiable. Under torch.compile the calls are opaque operators, so nothing of them is traced and nothing breaks the
+graph.
 
 Legend: T tokens, D hidden_size, F expert width, G rows of the up-projection (2F with a gate), E experts, K top-k,
 S = T*K routed rows.
