@@ -33,6 +33,14 @@ def evaluate(
     ensemble: Annotated[
         bool, typer.Option("--ensemble", help="Also the BTM ensemble of the dense models, uniform and by posterior.")
     ] = False,
+    member: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL",
+            help="A member of the ensemble, one of the MODELs, in place of all dense ones; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -83,9 +91,9 @@ def evaluate(
     if tasks is not None:
         require_harness()
     measured_text = data is not None or not wanted
-    if not measured_text and (conditions or ensemble):
+    if not measured_text and (conditions or ensemble or member):
         raise UsageError(
-            "--fail-on and --ensemble are about held-out text, and only --tasks are measured.",
+            "--fail-on, --ensemble and --member are about held-out text, and only --tasks are measured.",
             "",
             "Give --data too.",
         )
@@ -94,7 +102,8 @@ def evaluate(
     settings = Settings(
         models=tuple(models),
         data=tuple(data or BUILTIN) if measured_text else (),
-        ensemble=ensemble,
+        ensemble=ensemble or bool(member),
+        members=tuple(member or ()),
         tasks=wanted,
         limit=limit,
         max_tokens=max_tokens,

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import typer
 
-from moectl.cli import bench, families, finish, inspect, quickstart, recipe, train, upcycle, verify
+from moectl.cli import average, bench, families, finish, inspect, quickstart, recipe, train, upcycle, verify
 from moectl.cli import eval as eval_
 from moectl.errors import MachineError, MoectlError
 
@@ -35,6 +35,7 @@ app.command("verify")(verify.verify)
 app.command("finish")(finish.finish)
 app.command("inspect")(inspect.inspect)
 app.command("eval")(eval_.evaluate)
+app.command("average")(average.average)
 app.command("families")(families.families)
 app.command("train")(train.train)
 app.command("branch")(train.branch)

@@ -19,6 +19,8 @@ def pesc(
     dropout: Annotated[float, typer.Option(help="Dropout where the adapters read, in training.")] = 0.0,
     layers: Annotated[str, typer.Option(help="Layers to adapt: all, every:2, last:6, or 0,3,5.")] = "all",
     aux_loss_coef: Annotated[float, typer.Option(help="Weight of the load-balancing loss in training.")] = 0.01,
+    lora_rank: Annotated[int, typer.Option(help="Rank of LoRA on all linear layers beside them; 0 for none.")] = 0,
+    lora_alpha: Annotated[int, typer.Option(help="LoRA's scale times its rank.")] = 16,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     seed: options.Seed = 0,
     materialize: Annotated[
@@ -36,6 +38,7 @@ def pesc(
     The model with it computes what DENSE computes, bit for bit, until it is trained. Of DENSE only the config is
     read. stdout is the path of OUT, which PEFT loads once `moectl.integrations.pesc` is imported.
     """
+    import shlex
     from time import perf_counter
 
     from moectl.errors import UsageError
@@ -66,6 +69,8 @@ def pesc(
         scale=scale,
         dropout=dropout,
         aux_loss_coef=aux_loss_coef,
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
         layers=layers,
         dtype=dtype,
         seed=seed,
@@ -80,5 +85,5 @@ def pesc(
         how,
         headline=f"{base.name} ({base.family.model_type}) -> adapter of {output.count(plan.parameters)}, "
         f"{experts} experts, top {top_k}",
-        then="import moectl.integrations.pesc, then PeftModel.from_pretrained(model, OUT); docs/pesc.md says more",
+        then=f"moectl train {shlex.quote(str(out))} -o TRAINED --data DATA; docs/pesc.md says more",
     )

@@ -1,7 +1,8 @@
 """Weighted mixtures of data: an endless stream of packed sequences in which every source has its share.
 
 The stream is a function of the sources, their weights, the sequence length and the seed alone: who reads it, in what
-batches and on how many machines, changes nothing, so any position in it can be found again by counting.
+batches and on how many machines, changes nothing. Every row says where its part stands after it, so that the stream
+can be taken up again without encoding what was read before.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from moectl.data.chat import EncodeChat, is_chat, read_chat
 from moectl.data.documents import read_documents
-from moectl.data.tokens import token_batches
+from moectl.data.tokens import BEGINNING, Position, token_rows
 from moectl.errors import UsageError
 from moectl.text import escape
 
@@ -33,11 +35,12 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One packed sequence of token ids `[L]`, int64, which of them are to be learnt, and the part it is from."""
+    """One packed sequence of token ids `[L]`, int64, which of them are to be learnt, its part, and where that ends."""
 
     token_L: np.ndarray
     learnt_L: np.ndarray
     part: int
+    end: Position
 
 
 def parse_parts(specs: Sequence[str]) -> tuple[Part, ...]:
@@ -82,31 +85,38 @@ def mixture_rows(
     sequence_length: int,
     seed: int,
     encode_chat: EncodeChat | None = None,
+    skip: int = 0,
+    starts: Sequence[Position] | None = None,
 ) -> Iterator[Row]:
     """The endless stream of packed sequences of a mixture, from the training split of every part.
 
     Each part is shuffled and packed for itself as `token_batches` does, and begins anew, in another order, when it
     ends. Of text every token is learnt; of conversations (which need `encode_chat`) what the assistant says.
 
+    Args:
+        skip: how many rows were read before; the stream goes on after them.
+        starts: where each part stood then: the `end` of its last row, or `BEGINNING`.
+
     Raises:
         InputError: a part cannot be read or has no text in the training split.
         MachineError: the Hub cannot be reached, or a library is missing.
     """
     streams = []
-    for part in parts:
+    for part, start in zip(parts, starts or [BEGINNING] * len(parts), strict=True):
         chat = encode_chat if is_chat(part.spec) else None
-        batches = token_batches(
+        packed = token_rows(
             read_documents([part.spec], "train") if chat is None else read_chat(part.spec),
             _marked(encode, chat),
             eos_id=2 * eos_id + (chat is None),
             sequence_length=sequence_length,
-            batch_size=1,
             seed=seed,
             repeat=True,
+            start=start,
         )
-        streams.append(batches)
+        streams.append(packed)
     # Not a generator itself, so that a source that does not exist is an error at once.
-    return (_row(next(streams[index])[0], index) for index in shares([part.weight for part in parts]))
+    order = islice(shares([part.weight for part in parts]), skip, None)
+    return (_row(*next(streams[index]), index) for index in order)
 
 
 def _marked(encode: Callable[[str], list[int]], chat: EncodeChat | None) -> Callable[[str], list[int]]:
@@ -121,5 +131,5 @@ def _marked(encode: Callable[[str], list[int]], chat: EncodeChat | None) -> Call
     return marked
 
 
-def _row(marked_L: np.ndarray, part: int) -> Row:
-    return Row(marked_L >> 1, (marked_L & 1).astype(bool), part)
+def _row(marked_L: np.ndarray, end: Position, part: int) -> Row:
+    return Row(marked_L >> 1, (marked_L & 1).astype(bool), part, end)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator
-from itertools import count
-from typing import TYPE_CHECKING
+from itertools import count, islice
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,17 @@ if TYPE_CHECKING:
 SHUFFLE_BUFFER = 1024
 BYTE_EOS_ID = 256
 BYTE_PAD_ID = 257
+
+
+class Position(NamedTuple):
+    """A place in a stream of tokens: before the given token of a document, counted from 0 in each pass over them."""
+
+    epoch: int = 0
+    document: int = 0
+    token: int = 0
+
+
+BEGINNING = Position()
 
 
 def token_batches(
@@ -42,13 +53,41 @@ def token_batches(
             hold at least one document.
     """
     rows: list[np.ndarray] = []
-    for row in _rows(_passes(documents, seed, repeat), encode, eos_id, sequence_length):
+    packed = token_rows(documents, encode, eos_id=eos_id, sequence_length=sequence_length, seed=seed, repeat=repeat)
+    for row, _ in packed:
         rows.append(row)
         if len(rows) == batch_size:
             yield np.stack(rows)
             rows = []
     if rows:
         yield np.stack(rows)
+
+
+def token_rows(
+    documents: Iterable[Document],
+    encode: Callable[[str], list[int]],
+    *,
+    eos_id: int,
+    sequence_length: int,
+    seed: int | None = None,
+    repeat: bool = False,
+    start: Position = BEGINNING,
+) -> Iterator[tuple[np.ndarray, Position]]:
+    """The rows `[L]` that `token_batches` stacks, each with the position after its last token.
+
+    Given such a position as `start`, the stream goes on there. Documents before it are read again, since the order of
+    a shuffled pass depends on all of them, but neither encoded nor, if they belong to an earlier pass, read.
+    """
+    rest = np.empty(0, dtype=np.int64)
+    skipped = start.token
+    for epoch, index, document in _passes(documents, seed, repeat, start):
+        ids = np.array([*encode(document.text), eos_id], dtype=np.int64)[skipped:]
+        stream = np.concatenate([rest, ids])
+        whole = len(stream) // sequence_length * sequence_length
+        for end in range(sequence_length, whole + 1, sequence_length):
+            yield stream[end - sequence_length : end], Position(epoch, index, skipped + end - len(rest))
+        rest = stream[whole:]
+        skipped = 0
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -73,9 +112,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _passes(documents: Iterable[Document], seed: int | None, repeat: bool) -> Iterator[Document]:
-    for epoch in count() if repeat else range(1):
-        yield from documents if seed is None else _shuffled(documents, random.Random(f"{seed} {epoch}"))
+def _passes(
+    documents: Iterable[Document], seed: int | None, repeat: bool, start: Position
+) -> Iterator[tuple[int, int, Document]]:
+    for epoch in count(start.epoch) if repeat else range(start.epoch, 1):
+        ordered = documents if seed is None else _shuffled(documents, random.Random(f"{seed} {epoch}"))
+        first = start.document if epoch == start.epoch else 0
+        for index, document in islice(enumerate(ordered), first, None):
+            yield epoch, index, document
 
 
 def _shuffled(documents: Iterable[Document], choices: random.Random) -> Iterator[Document]:
@@ -89,17 +133,6 @@ def _shuffled(documents: Iterable[Document], choices: random.Random) -> Iterator
         yield document
     choices.shuffle(buffer)
     yield from buffer
-
-
-def _rows(
-    documents: Iterable[Document], encode: Callable[[str], list[int]], eos_id: int, length: int
-) -> Iterator[np.ndarray]:
-    rest = np.empty(0, dtype=np.int64)
-    for document in documents:
-        stream = np.concatenate([rest, np.array([*encode(document.text), eos_id], dtype=np.int64)])
-        whole = len(stream) // length
-        yield from stream[: whole * length].reshape(whole, length)
-        rest = stream[whole * length :]
 
 
 def _byte_symbols() -> list[str]:

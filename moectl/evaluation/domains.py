@@ -104,9 +104,9 @@ def check_members(members: Sequence[Scores]) -> None:
     """
     if len(members) < 2:
         raise UsageError(
-            f"--ensemble needs at least two dense models, and there are {len(members)}.",
+            f"An ensemble needs at least two models, and there are {len(members)}.",
             "It averages what specialised models predict.",
-            "Name the dense experts, or leave --ensemble out.",
+            "Give more dense models, or leave --ensemble and --member out.",
         )
     first, *others = members
     for other in others:

@@ -29,11 +29,15 @@ SEQUENCE_LENGTH = 1024
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure; the options of `moectl eval`. No data measures tasks alone."""
+    """What to measure; the options of `moectl eval`. No data measures tasks alone.
+
+    `members` are those of the ensemble, among the models; all dense ones when empty.
+    """
 
     models: tuple[str, ...]
     data: tuple[str, ...]
     ensemble: bool = False
+    members: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     limit: int | None = None
     max_tokens: int = 32768
@@ -100,7 +104,7 @@ def run(settings: Settings, say: Callable[[str], None] = lambda _text: None) -> 
     dtype = _dtype(settings.dtype, device)
     checkpoints = [Checkpoint.open(model, settings.revision) for model in settings.models]
     names = labels(settings.models)
-    dense = [index for index, each in enumerate(checkpoints) if not experts_and_top_k(each.config)[0]]
+    chosen = _members(settings, names, checkpoints)
     tokenizers = [load_tokenizer(checkpoint) for checkpoint in checkpoints]
     texts: dict[str, list[str]] = {}
     if settings.data:
@@ -110,7 +114,7 @@ def run(settings: Settings, say: Callable[[str], None] = lambda _text: None) -> 
         for tokenizer in tokenizers
     ]
     if settings.ensemble:  # refused before a model is loaded
-        check_members([Scores(names[index], tokens[index], {}) for index in dense])
+        check_members([Scores(names[index], tokens[index], {}) for index in chosen])
     scores, tasks = [], []
     for name, checkpoint, tokenizer, ids in zip(names, checkpoints, tokenizers, tokens, strict=True):
         say(f"Measuring {name}")
@@ -122,9 +126,9 @@ def run(settings: Settings, say: Callable[[str], None] = lambda _text: None) -> 
             tasks.append(run_tasks(model, tokenizer, settings.tasks, limit=settings.limit, seed=settings.seed))
         del model
         gc.collect()
-    members = [names[index] for index in dense] if settings.ensemble else []
+    members = [names[index] for index in chosen] if settings.ensemble else []
     if settings.ensemble:
-        experts = [scores[index] for index in dense]
+        experts = [scores[index] for index in chosen]
         scores += [ensemble(experts, "uniform"), ensemble(experts, "posterior")]
     return Evaluation(
         settings,
@@ -144,6 +148,24 @@ def labels(models: Sequence[str]) -> list[str]:
         name if names.count(name) == 1 else f"{name} ({names[: index + 1].count(name)})"
         for index, name in enumerate(names)
     ]
+
+
+def _members(settings: Settings, names: Sequence[str], checkpoints: Sequence[Checkpoint]) -> list[int]:
+    """Which of the models the ensemble is made of."""
+    if not settings.members:
+        return [index for index, each in enumerate(checkpoints) if not experts_and_top_k(each.config)[0]]
+    places: list[int] = []
+    for member in settings.members:
+        asked = member.rstrip("/")
+        found = [i for i, model in enumerate(settings.models) if asked in (model.rstrip("/"), names[i])]
+        if len(found) != 1 or found[0] in places:
+            raise UsageError(
+                f"--member {shown(member)!r} is {'named twice' if found else 'none of the models'}.",
+                "An ensemble is made of models that are measured anyway.",
+                f"Name each once, of {', '.join(map(escape, names))}.",
+            )
+        places += found
+    return places
 
 
 def _log_p(

@@ -78,11 +78,11 @@ class LayerwiseModel:
         self._visit: Visitor | None = None
         prefix, layers = decoder_layers(checkpoint, model)
         self.num_layers = len(layers)
-        units = _units(loader.names, prefix)
+        held = units(loader.names, prefix)
         for index in range(self.num_layers):
             path = f"{prefix}.{index}"
-            self._stream(path, units.pop(path, ()), index)
-        for path, names in units.items():
+            self._stream(path, held.pop(path, ()), index)
+        for path, names in held.items():
             self._stream(path, names)
 
     @classmethod
@@ -149,14 +149,14 @@ class LayerwiseModel:
         module.forward = streamed
 
 
-def _units(names: Sequence[str], prefix: str) -> dict[str, list[str]]:
+def units(names: Sequence[str], prefix: str) -> dict[str, list[str]]:
     """Parameter names by the module that holds them: a whole decoder layer, or the module they belong to."""
     layer = re.compile(rf"{re.escape(prefix)}\.\d+(?=\.)")
-    units: dict[str, list[str]] = defaultdict(list)
+    found: dict[str, list[str]] = defaultdict(list)
     for name in names:
         match = layer.match(name)
-        units[match.group() if match else name.rpartition(".")[0]].append(name)
-    return units
+        found[match.group() if match else name.rpartition(".")[0]].append(name)
+    return found
 
 
 def _with_input(

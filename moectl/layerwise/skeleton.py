@@ -25,10 +25,13 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         raise unusable(checkpoint, "has a config.json that transformers cannot use", error) from error
 
 
-def build(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
+def build(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str, implementation: str | None = None
+) -> PreTrainedModel:
     """The checkpoint's causal language model: parameters on the meta device, unsaved buffers on `device`.
 
-    Attention and experts run the way they do under `from_pretrained` with its defaults.
+    Attention and experts run the way they do under `from_pretrained`: with its defaults, or with the experts
+    `implementation` that is named.
 
     Raises:
         InputError: it is quantised, an encoder-decoder, or no causal language model of transformers.
@@ -40,7 +43,9 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str
         raise _unsupported(checkpoint, "is an encoder-decoder", "Give a decoder-only language model.")
     try:
         with quiet(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, experts_implementation=implementation, trust_remote_code=False
+            )
     except Exception as error:  # the sizes in a config.json can break a constructor in any way
         raise unusable(checkpoint, "is no causal language model transformers can build", error) from error
     _compute_buffers(model, device)

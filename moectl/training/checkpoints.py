@@ -1,7 +1,7 @@
 """What a training leaves behind so that it can go on: DCP checkpoints beside OUT, and which of them is the last.
 
 `OUT.partial/checkpoints/step-00000100/` holds the shards of torch.distributed.checkpoint, which any number of processes
-can read, and `state.json`. It is written under another name and renamed when it is whole and on the disk; `latest` is
+can read, and `state.json`: the step and where each part of the data stands. It is written under another name and renamed when it is whole and on the disk; `latest` is
 replaced by a rename too. Whatever happens at whatever moment, `latest` names a whole checkpoint.
 """
 
@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from moectl.checkpoint.fs import FileSystem
+from moectl.data.tokens import Position
 from moectl.training.world import World
 
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -46,7 +47,15 @@ class Checkpoints:
         pointer = self.directory / "latest"
         return self.directory / pointer.read_text().strip() if pointer.exists() else None
 
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
+    def where(self) -> tuple[int, list[Position] | None]:
+        """After which step the newest checkpoint was taken, or 0, and where each part of the data stood."""
+        path = self.latest()
+        if path is None:
+            return 0, None
+        state = json.loads((path / "state.json").read_text())
+        return int(state["step"]), [Position(*place) for place in state["data"]]
+
+    def save(self, step: int, places: Sequence[Position], model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
         """Write what `load` needs to go on after `step`, by all processes together."""
         target = self.directory / f"step-{step:08}"
         work = target.with_suffix(".writing")
@@ -56,7 +65,7 @@ class Checkpoints:
         self.world.barrier()
         _quietly(state_dict_saver.save, _state(model, optimizer), checkpoint_id=work)
         if self.world.is_main:
-            (work / "state.json").write_text(json.dumps({"step": step}) + "\n")
+            (work / "state.json").write_text(json.dumps({"step": step, "data": places}) + "\n")
             for path in work.iterdir():
                 _sync(path)
             self._fs.sync_directory(work)
@@ -67,16 +76,15 @@ class Checkpoints:
         self.world.barrier()
         return target
 
-    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-        """Restore the newest checkpoint, if there is one, and return after which step it was taken, or 0."""
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Restore the newest checkpoint, if there is one."""
         path = self.latest()
         if path is None:
-            return 0
+            return
         state = _state(model, optimizer)
         _quietly(state_dict_loader.load, state, checkpoint_id=path)
         set_model_state_dict(model, state["model"])
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_OPTIONS)
-        return int(json.loads((path / "state.json").read_text())["step"])
 
     def _point_to(self, name: str) -> None:
         pointer = self.directory / "latest"

@@ -45,11 +45,7 @@ def load_model(
     Raises:
         InputError: transformers cannot load it, it is quantised, an encoder-decoder, or keys are left over or missing.
     """
-    config = read_config(source)
-    if getattr(config, "quantization_config", None):
-        raise _untrainable(source, "is quantised", "Its weights have no gradients.")
-    if config.is_encoder_decoder:
-        raise _untrainable(source, "is an encoder-decoder", "The loop trains next-token prediction.")
+    check_trainable(source)
     try:
         with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -66,6 +62,19 @@ def load_model(
         raise unusable(source, "cannot be loaded by transformers", error) from error
     check_complete(source, info)
     return model.train()
+
+
+def check_trainable(source: Checkpoint) -> None:
+    """Refuse what the loop cannot train.
+
+    Raises:
+        InputError: the checkpoint is quantised or an encoder-decoder, or transformers does not know it.
+    """
+    config = read_config(source)
+    if getattr(config, "quantization_config", None):
+        raise _untrainable(source, "is quantised", "Its weights have no gradients.")
+    if config.is_encoder_decoder:
+        raise _untrainable(source, "is an encoder-decoder", "The loop trains next-token prediction.")
 
 
 def check_complete(checkpoint: Checkpoint, info: dict[str, Any]) -> None:

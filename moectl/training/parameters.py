@@ -88,9 +88,9 @@ def groups(
     ]
 
 
-def selection_biases(blocks: Sequence[MoeBlock]) -> set[nn.Parameter]:
+def selection_biases(model: nn.Module) -> set[nn.Parameter]:
     """The selection biases that are parameters: FSDP must leave them whole, since they are updated by hand."""
-    return {block.bias for block in blocks if isinstance(block.bias, nn.Parameter)}
+    return {parameter for name, parameter in model.named_parameters() if _is_bias(name)}
 
 
 def _is_bias(name: str) -> bool:

@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,9 +28,9 @@ from moectl.checkpoint.publish import exists_error, is_occupied
 from moectl.checkpoint.source import Checkpoint
 from moectl.data.chat import is_chat
 from moectl.data.mixture import Row, mixture_rows
+from moectl.data.tokens import BEGINNING
 from moectl.errors import CheckFailed
 from moectl.integrations.transformers import NAME
-from moectl.layerwise.skeleton import decoder_layers
 from moectl.text import escape
 from moectl.training import parameters
 from moectl.training.checkpoints import Checkpoints, whole_model
@@ -41,6 +41,7 @@ from moectl.training.metrics import Metrics, MetricsFile, flops_per_token, load_
 from moectl.training.model import load_encoding, load_model
 from moectl.training.recipe import SCHEDULES, TrainRecipe
 from moectl.training.routers import RouterWatch, moe_blocks
+from moectl.training.sharded import load_sharded
 from moectl.training.step import Computed, Step
 from moectl.training.world import World
 
@@ -165,27 +166,32 @@ class Run:
         # First: that there is no tokenizer or no such file should not take the time to load a model to say.
         chat = any(is_chat(part.spec) for part in recipe.parts)
         encoding = load_encoding(source, int(source.config.get("vocab_size") or 1 << 62), chat=chat)
-        rows = mixture_rows(
+        self.checkpoints = Checkpoints(root / "checkpoints", world, keep=keep)
+        self.step, places = self.checkpoints.where()
+        self.places = places or [BEGINNING] * len(recipe.parts)
+        self.rows = mixture_rows(
             recipe.parts,
             encoding.encode,
             eos_id=encoding.eos_id,
             sequence_length=recipe.sequence_length,
             seed=recipe.seed,
             encode_chat=encoding.encode_chat,
+            skip=self.step * recipe.batch_size,
+            starts=self.places,
         )
         distributed = distributed_config(world, expert_parallel) if expert_parallel > 1 else None
         # On a CPU transformers' grouped_mm is the faster one to train with: benchmarks/results/train.json.
         implementation = recipe.implementation or (NAME if world.device.type == "cuda" else None)
-        self.model: nn.Module = load_model(source, implementation, distributed=distributed)
+        self.model: nn.Module = (
+            load_model(source, implementation, distributed=distributed).to(world.device)
+            if world.size == 1 or distributed
+            else load_sharded(source, world, implementation)
+        )
         blocks = moe_blocks(self.model)
         trained = parameters.select(self.model, blocks, only=recipe.only, freeze_experts=recipe.freeze_experts)
         total = sum(parameter.numel() for parameter in self.model.parameters())
         top_k = _top_k(self.model.config.get_text_config(decoder=True))
         self.flops = flops_per_token(self.model, blocks, top_k, recipe.sequence_length)
-        if distributed is None:
-            layers = decoder_layers(source, self.model)[1]
-            world.shard(self.model, layers, parameters.selection_biases(blocks))
-            blocks = moe_blocks(self.model)
         self.watch = RouterWatch(blocks) if blocks else None
         self.optimizer = torch.optim.AdamW(
             parameters.groups(
@@ -208,11 +214,9 @@ class Run:
             num_training_steps=recipe.steps,
             scheduler_specific_kwargs=bounds,
         )
-        self.checkpoints = Checkpoints(root / "checkpoints", world, keep=keep)
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.step = self.checkpoints.load(self.model, self.optimizer)
+        self.checkpoints.load(self.model, self.optimizer)
         self._set_rates(rates)
-        self.rows: Iterator[Row] = islice(rows, self.step * recipe.batch_size, None)
         self.compute = Step(self.model, self.watch, recipe, world)
         self.speed = matmul_speed(world.device, getattr(torch, recipe.dtype))
         self.facts = Facts(total, trained, len(blocks), self.step, self.flops, self.speed)
@@ -239,11 +243,13 @@ class Run:
         if not math.isfinite(norm):
             raise self._not_finite("norm of the gradient", norm, rows)
         self.step += 1
+        for row in rows:
+            self.places[row.part] = row.end
         return self._metrics(computed, norm, rates, perf_counter() - started)
 
     def save(self) -> None:
         """Take a checkpoint, by all processes."""
-        self.checkpoints.save(self.step, self.model, self.optimizer)
+        self.checkpoints.save(self.step, self.places, self.model, self.optimizer)
 
     def _metrics(self, computed: Computed, norm: float, rates: dict[str, float], seconds: float) -> Metrics:
         tokens = self.recipe.batch_size * self.recipe.sequence_length

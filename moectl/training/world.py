@@ -47,21 +47,14 @@ class World:
             self.sum(torch.zeros((), device=self.device)).item()
 
     def shard(self, model: nn.Module, layers: nn.ModuleList, whole: set[nn.Parameter]) -> None:
-        """Move the model to the device, in pieces of one decoder layer where there are several processes.
+        """Shard a model on the meta device over all processes, in pieces of one decoder layer.
 
         `whole` are parameters that every process keeps as they are.
         """
-        if self.size == 1:
-            model.to(self.device)
-            return
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("fsdp",))
-        for parameter in whole:
-            parameter.data = parameter.data.to(self.device)
-        for buffer in model.buffers():
-            buffer.data = buffer.data.to(self.device)
         for layer in layers:
             fully_shard(layer, mesh=mesh, ignored_params=whole & set(layer.parameters()))
         fully_shard(model, mesh=mesh, ignored_params=whole)

@@ -1,6 +1,6 @@
 """Plan a PESC adapter for a dense model from its config alone: a directory that PEFT loads (arXiv 2401.02731).
 
-Legend for shapes: E experts, R adapter_dim, D hidden_size.
+Legend for shapes: E experts, R adapter_dim, D hidden_size; r LoRA's rank.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from moectl.checkpoint.source import read_json
 from moectl.errors import InputError, UsageError
 from moectl.families.config import normalised
 from moectl.families.registry import DENSE
+from moectl.families.shapes import expected_tensors
 from moectl.families.spec import DenseFamily, PlainMlp
 from moectl.text import escape, shown
 from moectl.upcycle.recipe import MAX_EXPERTS, chosen_layers
@@ -44,9 +45,10 @@ class PescRecipe:
         scale: factor on the adapters' output.
         dropout: where the adapters read the FFN's output, in training.
         aux_loss_coef: weight of the load-balancing loss in training.
-        layers: as `chosen_layers` reads it.
+        lora_rank, lora_alpha: of LoRA on all linear layers, trained with the adapters; no LoRA with rank 0.
+        layers: as `chosen_layers` reads it; LoRA is on all of them.
         dtype: of the stored weights; PEFT trains them in float32 unless it is told otherwise.
-        seed: of the routers and of the adapters' first matrices.
+        seed: of the routers and of the first matrices of adapters and LoRA.
     """
 
     experts: int = 8
@@ -55,6 +57,8 @@ class PescRecipe:
     scale: float = 1.0
     dropout: float = 0.0
     aux_loss_coef: float = 0.01
+    lora_rank: int = 0
+    lora_alpha: int = 16
     layers: str = "all"
     dtype: str = "float32"
     seed: int = 0
@@ -74,6 +78,14 @@ class PescRecipe:
         if not 1 <= self.adapter_dim <= _WIDEST:
             raise UsageError(
                 f"--adapter-dim {shown(self.adapter_dim)} is not from 1 to {_WIDEST}.", "", "Give one such as 512."
+            )
+        if not 0 <= self.lora_rank <= _WIDEST:
+            raise UsageError(
+                f"--lora-rank {shown(self.lora_rank)} is not from 0 to {_WIDEST}.", "", "Give one such as 64."
+            )
+        if not 1 <= self.lora_alpha <= _WIDEST:
+            raise UsageError(
+                f"--lora-alpha {shown(self.lora_alpha)} is not from 1 to {_WIDEST}.", "", "Give one such as 16."
             )
         if not 0 <= self.dropout < 1:
             raise UsageError(f"--dropout {shown(self.dropout)} is not in [0, 1).", "", "Give one such as 0.1.")
@@ -156,7 +168,8 @@ class Base:
 def plan_pesc(base: Base, recipe: PescRecipe) -> Plan:
     """The plan of an adapter directory: W_up zero, so that the model with it is the dense model bit for bit.
 
-    Routers [E, D] and W_down [E, R, D] are uniform on +-1 / sqrt(D), as the paper's code has them.
+    Routers [E, D] and W_down [E, R, D] are uniform on +-1 / sqrt(D), as the paper's code has them. LoRA's A [r, in] is
+    uniform on +-1 / sqrt(in), as PEFT has it, and its B [out, r] zero.
 
     Raises:
         UsageError: the recipe names no layers of this model.
@@ -175,6 +188,8 @@ def plan_pesc(base: Base, recipe: PescRecipe) -> Plan:
         }
         for name, expression in parts.items():
             tensors.append(OutputTensor(f"{module}.{name}", TORCH_NAMES[recipe.dtype], expression.shape, expression))
+    lora = _lora_tensors(base, recipe, {ffn.format(layer=layer) for layer in adapted})
+    tensors += lora
     config = {
         "peft_type": "PESC",
         "task_type": "CAUSAL_LM",
@@ -187,6 +202,8 @@ def plan_pesc(base: Base, recipe: PescRecipe) -> Plan:
         "scale": recipe.scale,
         "adapter_dropout": recipe.dropout,
         "aux_loss_coef": recipe.aux_loss_coef,
+        "lora_r": recipe.lora_rank,
+        "lora_alpha": recipe.lora_alpha,
         "target_modules": [ffn.rsplit(".", 1)[1]],
         "layers_to_transform": None if len(adapted) == layers else list(adapted),
     }
@@ -217,9 +234,29 @@ def plan_pesc(base: Base, recipe: PescRecipe) -> Plan:
     )
 
 
+def _lora_tensors(base: Base, recipe: PescRecipe, ffns: set[str]) -> list[OutputTensor]:
+    """A and B of every matrix in a layer; PEFT finds those inside an adapted FFN (one of `ffns`) a level deeper."""
+    if not recipe.lora_rank:
+        return []
+    outside = {spec.name for spec in base.family.tensors if "{layer}" not in spec.name}
+    tensors = []
+    for name, shape in expected_tensors(base.family, base.config):
+        if len(shape) != 2 or name in outside:
+            continue
+        path, leaf = name.removesuffix(".weight").rsplit(".", 1)
+        module = f"base_model.model.{path}.{'base_layer.' if path in ffns else ''}{leaf}"
+        rows, columns = shape
+        first = Uniform((recipe.lora_rank, columns), columns**-0.5, f"{module}.lora_A")
+        for part, expression in (("A", first), ("B", Literal((rows, recipe.lora_rank), 0.0))):
+            key = f"{module}.lora_{part}.weight"
+            tensors.append(OutputTensor(key, TORCH_NAMES[recipe.dtype], expression.shape, expression))
+    return tensors
+
+
 def _card(base: Base, recipe: PescRecipe) -> str:
     name = escape(base.name)
     front = [f"base_model: {name}"] if base.commit else []
+    lora = f", with LoRA of rank {recipe.lora_rank}" if recipe.lora_rank else ""
     return "\n".join(
         [
             "---",
@@ -230,9 +267,10 @@ def _card(base: Base, recipe: PescRecipe) -> str:
             "",
             f"# PESC adapter for {name}",
             "",
-            f"{recipe.experts} adapters of width {recipe.adapter_dim} behind each FFN, {recipe.top_k} active per token",
+            f"{recipe.experts} adapters of width {recipe.adapter_dim} behind each FFN, {recipe.top_k} active per token"
+            f"{lora}",
             "([arXiv 2401.02731](https://arxiv.org/abs/2401.02731)). Untrained, it leaves the model as it is, bit for",
-            "bit: the adapters' last matrices are zero.",
+            "bit: the last matrices are zero.",
             "",
             "```python",
             "import moectl.integrations.pesc",

@@ -54,12 +54,33 @@ def test_its_directory_loads_with_peft_and_is_the_dense_model_bit_for_bit(dense,
 
 
 @pytest.mark.parametrize("model_type", GATED)
-def test_names_and_shapes_are_those_of_the_model_with_an_adapter(model_type, tmp_path):
+@pytest.mark.parametrize("rank", [0, 4])
+def test_names_and_shapes_are_those_of_the_model_with_an_adapter(model_type, rank, tmp_path):
     model = tiny_model(model_type)
     model.config.save_pretrained(tmp_path)
-    plan = plan_pesc(Base.open(str(tmp_path)), PescRecipe(experts=4, adapter_dim=8))
-    wanted = get_peft_model_state_dict(get_peft_model(model, config()))
+    plan = plan_pesc(Base.open(str(tmp_path)), PescRecipe(experts=4, adapter_dim=8, lora_rank=rank))
+    wanted = get_peft_model_state_dict(get_peft_model(model, config(lora_r=rank)))
     assert {t.name: t.shape for t in plan.tensors} == {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+
+
+def test_with_lora_it_is_complete_starts_as_peft_does_and_leaves_the_model_as_it_is(dense, tmp_path):
+    out = tmp_path / "adapter"
+    moectl(dense, "-o", out, *SMALL, "--lora-rank", 8, "--lora-alpha", 32, "--layers", "last:1", "-q")
+    model = PeftModel.from_pretrained(tiny_model("llama"), out)
+    saved = get_peft_model_state_dict(model)
+    written = load_file(out / "adapter_model.safetensors")
+    assert saved.keys() == written.keys() and sum("lora_" in name for name in written) == 3 * 2 * 7
+    assert all(np.array_equal(saved[name].numpy(), tensor) for name, tensor in written.items())
+    assert torch.equal(model(input_ids=tokens()).logits, tiny_model("llama")(tokens()).logits)
+    settings = config(lora_r=8, lora_alpha=32, layers_to_transform=[2])
+    theirs = get_peft_model_state_dict(get_peft_model(tiny_model("llama"), settings))
+    for name, tensor in written.items():
+        if "lora_" in name:
+            bound = theirs[name].abs().max().item()
+            assert np.abs(tensor).max() == pytest.approx(bound, rel=0.05), name
+            assert "lora_B" not in name or not tensor.any()
+    scales = {module.scaling["default"] for module in model.modules() if hasattr(module, "lora_A")}
+    assert scales == {4.0}
 
 
 def test_the_draws_are_uniform_fixed_by_the_seed_and_differ_between_matrices(dense, tmp_path):
@@ -126,6 +147,8 @@ def test_what_it_refuses(dense, tmp_path):
         {"top_k": 9},
         {"experts": 5000},
         {"adapter_dim": 0},
+        {"lora_rank": -1},
+        {"lora_alpha": 0},
         {"dropout": 1.0},
         {"scale": float("nan")},
         {"scale": float("inf")},
