@@ -1,17 +1,26 @@
 #!/usr/bin/env bash
-# Branch-Train-MiX against what it replaces, at a size a CPU trains: one seed model, a branch for each of three domains,
-# BTX of the branches, a short training of it; beside it a dense and a sparsely upcycled continuation of the seed with as
-# many tokens in all. Held-out loss per domain of everything, with the ensemble of the branches (BTM), as JSON.
+# Branch-Train-MiX against what it replaces, at a size a CPU trains: 0.99M parameters dense, three domains.
 #
-#   benchmarks/btx_story.sh FOLDER SEED [SEED_STEPS BRANCH_STEPS MOE_STEPS]      150 80 60 by default, 4,096 tokens each
+#   benchmarks/btx_story.sh FOLDER SEED SEED_STEPS
+#
+# One cell: a seed model (SEED_STEPS steps of 4,096 tokens), a branch for each domain, their weight average, their
+# ensemble (BTM), their mixture (BTX) after a short training, and beside it the seed continued dense and sparsely upcycled.
+# All continued trainings have steps of 2,048 tokens, one learning rate and one schedule:
+#
+#   branch 80 steps each, mixture 100 steps           sequential steps 180, tokens 340 * 2,048 in all
+#   dense, upcycled 340 steps                         equal tokens in all
+#   upcycled-sequential 180 steps                     equal sequential steps: branches run side by side
+#
+# The grid, decided before it was run, every cell of which is reported (benchmarks/btx_story_table.py): random seeds
+# 0, 1, 2, each with a short training of the seed model (150 steps) and a long one (600 steps).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
-folder=${1:?a folder to work in} seed=${2:?a random seed}
-seed_steps=${3:-150} branch_steps=${4:-80} moe_steps=${5:-60}
-total=$((3 * branch_steps + moe_steps))
+folder=${1:?a folder to work in} seed=${2:?a random seed} seed_steps=${3:?steps of the seed model}
+branch_steps=80 moe_steps=100
+total=$((3 * branch_steps + moe_steps)) sequential=$((branch_steps + moe_steps))
 domains=(--data builtin:code --data builtin:prose --data builtin:arithmetic)
-sizes=(--batch-size 16 --seq-len 256 --warmup 10 --seed "$seed" --quiet)
+how=(--batch-size 8 --seq-len 256 --lr 2e-3 --warmup 10 --seed "$seed" --quiet)
 mkdir -p "$folder"
 
 python - "$folder/seed" "$seed_steps" "$seed" <<'PYTHON'
@@ -19,14 +28,20 @@ import sys
 from pathlib import Path
 from moectl.training.byte_llama import train_byte_llama
 
-train_byte_llama(Path(sys.argv[1]), steps=int(sys.argv[2]), seed=int(sys.argv[3]))
+if not Path(sys.argv[1]).exists():
+    train_byte_llama(Path(sys.argv[1]), steps=int(sys.argv[2]), seed=int(sys.argv[3]))
 PYTHON
-moectl branch "$folder/seed" "${domains[@]}" -o "$folder/branches" --steps "$branch_steps" --lr 1e-3 "${sizes[@]}" >"$folder/branches.txt"
+moectl branch "$folder/seed" "${domains[@]}" -o "$folder/branches" --steps "$branch_steps" "${how[@]}" >"$folder/branches.txt"
 mapfile -t branches <"$folder/branches.txt"
-moectl upcycle btx "${branches[@]}" -o "$folder/btx-start" --top-k 2 --seed "$seed" --quiet
-moectl train "$folder/btx-start" -o "$folder/btx" "${domains[@]}" --steps "$moe_steps" --lr 1e-3 "${sizes[@]}"
-moectl train "$folder/seed" -o "$folder/dense" "${domains[@]}" --steps "$total" --lr 1e-3 "${sizes[@]}"
+moectl average "${branches[@]}" -o "$folder/average" --quiet
+moectl upcycle btx "${branches[@]}" -o "$folder/btx-start" --top-k 2 --router-init text "${domains[@]}" --seed "$seed" --quiet
+moectl train "$folder/btx-start" -o "$folder/btx" "${domains[@]}" --steps "$moe_steps" "${how[@]}"
+moectl train "$folder/seed" -o "$folder/dense" "${domains[@]}" --steps "$total" "${how[@]}"
 moectl upcycle sparse "$folder/seed" -o "$folder/upcycled-start" --experts 3 --top-k 2 --seed "$seed" --quiet
-moectl train "$folder/upcycled-start" -o "$folder/upcycled" "${domains[@]}" --steps "$total" --lr 1e-3 "${sizes[@]}"
-moectl eval "$folder/seed" "${branches[@]}" "$folder/btx" "$folder/dense" "$folder/upcycled" "${domains[@]}" \
-    --ensemble --max-tokens 60000 --quiet --json >"$folder/eval.json"
+moectl train "$folder/upcycled-start" -o "$folder/upcycled" "${domains[@]}" --steps "$total" "${how[@]}"
+moectl train "$folder/upcycled-start" -o "$folder/upcycled-sequential" "${domains[@]}" --steps "$sequential" "${how[@]}"
+members=()
+for branch in "${branches[@]}"; do members+=(--member "$branch"); done
+moectl eval "$folder/seed" "${branches[@]}" "$folder"/{average,btx-start,btx,dense,upcycled,upcycled-sequential} "${domains[@]}" \
+    "${members[@]}" --max-tokens 30000 --quiet --json >"$folder/eval.partial"
+mv "$folder/eval.partial" "$folder/eval.json"

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from machine import machine
 from peft import LoraConfig, PeftConfig, get_peft_model
+from plain_loop import train
 from transformers import LlamaForCausalLM
 
 from moectl.data.documents import read_documents
@@ -30,7 +31,6 @@ from moectl.data.tokens import BYTE_EOS_ID, byte_tokenizer, token_batches
 from moectl.evaluation.heldout import heldout_batches, heldout_loss
 from moectl.integrations.pesc import PescConfig
 from moectl.training.byte_llama import DATA, byte_llama_config
-from moectl.training.loop import train
 
 LENGTH = 256
 BATCH = 4

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import time
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypedDict
 
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from moectl.data.documents import read_documents
-from moectl.data.tokens import BYTE_EOS_ID, BYTE_PAD_ID, byte_tokenizer, token_batches
+from moectl.checkpoint.source import Checkpoint
+from moectl.data.tokens import BYTE_EOS_ID, BYTE_PAD_ID, byte_tokenizer
 from moectl.layerwise.quiet import quiet
-from moectl.training.loop import train
+from moectl.training.metrics import Metrics
+from moectl.training.recipe import TrainRecipe
+from moectl.training.run import Outcome, Reporting, train
+from moectl.training.world import World
 
-DATA = ("builtin:code", "builtin:prose", "builtin:arithmetic")
+DOMAINS = ("code", "prose", "arithmetic")
+DATA = tuple(f"builtin:{domain}" for domain in DOMAINS)
 SEQUENCE_LENGTH = 256
 BATCH_SIZE = 16
 LEARNING_RATE = 3e-3
-
-
-class Trained(TypedDict):
-    """What came out of a training: sizes, speed and the mean loss of the last steps in nats per byte."""
-
-    parameters: int
-    seconds: float
-    tokens_per_second: float
-    loss: float
 
 
 def byte_llama_config() -> LlamaConfig:
@@ -54,39 +48,35 @@ def train_byte_llama(
     *,
     steps: int = 200,
     seed: int = 0,
-    on_step: Callable[[int, float], None] | None = None,
-) -> Trained:
-    """Train the model for `steps` of 4096 bytes and save it to `directory` with its tokenizer, in fp32.
+    on_step: Callable[[Metrics], None] = lambda _metrics: None,
+) -> Outcome:
+    """Train the model from scratch for `steps` of 4096 bytes and save it to `directory` with its tokenizer, in fp32.
 
     The same seed on the same machine gives the same weights. torch's global random state is left as it was.
 
     Raises:
         CheckFailed: the loss is not finite.
+        UsageError: `directory` exists.
     """
-    tokenizer = byte_tokenizer()
+    untrained = directory.with_name(f"{directory.name}.untrained")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(byte_llama_config())
-    batches = token_batches(
-        read_documents(DATA, "train"),
-        tokenizer.encode,
-        eos_id=BYTE_EOS_ID,
-        sequence_length=SEQUENCE_LENGTH,
-        batch_size=BATCH_SIZE,
-        seed=seed,
-        repeat=True,
-    )
-    start = time.perf_counter()
-    losses = train(model, batches, steps=steps, learning_rate=LEARNING_RATE, warmup=steps // 10, on_step=on_step)
-    seconds = time.perf_counter() - start
-    model.generation_config = GenerationConfig(eos_token_id=BYTE_EOS_ID, pad_token_id=BYTE_PAD_ID)
-    with quiet():
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-    last = losses[-10:]
-    return Trained(
-        parameters=model.num_parameters(),
-        seconds=seconds,
-        tokens_per_second=steps * BATCH_SIZE * SEQUENCE_LENGTH / seconds,
-        loss=sum(last) / len(last),
-    )
+        model.generation_config = GenerationConfig(eos_token_id=BYTE_EOS_ID, pad_token_id=BYTE_PAD_ID)
+        with quiet():
+            model.save_pretrained(untrained)
+            byte_tokenizer().save_pretrained(untrained)
+        recipe = TrainRecipe(
+            data=DATA,
+            steps=steps,
+            batch_size=BATCH_SIZE,
+            sequence_length=SEQUENCE_LENGTH,
+            learning_rate=LEARNING_RATE,
+            warmup=steps // 10,
+            min_rate=0.0,
+            seed=seed,
+        )
+        alone = World(0, 1, torch.device("cpu"))
+        outcome = train(Checkpoint.open(untrained), recipe, directory, alone, reporting=Reporting(on_step=on_step))
+    shutil.rmtree(untrained)
+    return outcome

@@ -22,15 +22,17 @@ def short_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_trains_saves_and_loads(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     steps: list[int] = []
-    trained = train_byte_llama(tmp_path, steps=30, seed=0, on_step=lambda step, _loss: steps.append(step))
+    place = tmp_path / "model"
+    trained = train_byte_llama(place, steps=30, seed=0, on_step=lambda metrics: steps.append(metrics.step))
     assert steps == list(range(1, 31))
     assert capfd.readouterr() == ("", ""), "what is shown is the caller's"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"], "the untrained model is gone"
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    assert model.dtype == torch.float32 and (tmp_path / "model.safetensors").is_file()
-    assert trained["parameters"] == sum(parameter.numel() for parameter in model.parameters()) == 989_056
-    assert trained["loss"] < math.log(258) - 1.5, "far from a guess"
-    assert trained["tokens_per_second"] * trained["seconds"] == pytest.approx(30 * 64 * 8)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(place), AutoTokenizer.from_pretrained(place)
+    assert model.dtype == torch.float32 and (place / "model.safetensors").is_file()
+    assert sum(parameter.numel() for parameter in model.parameters()) == 989_056
+    assert trained.last is not None and trained.last.tokens == 30 * 64 * 8
+    assert trained.last.loss < math.log(258) - 1.5, "far from a guess"
 
     prompt = tokenizer("def read(self", return_tensors="pt")
     written = model.generate(**prompt, max_new_tokens=8, do_sample=False)

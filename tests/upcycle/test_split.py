@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_loop import train
 from scipy.optimize import linear_sum_assignment
 from test_pairs import logits, relative_error, reload
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -28,7 +29,6 @@ from moectl.errors import InputError, UsageError
 from moectl.evaluation.compare import load
 from moectl.evaluation.heldout import heldout_batches, heldout_loss
 from moectl.families.tiny import tiny_model
-from moectl.training.loop import train
 from moectl.upcycle.split import plan_split
 from moectl.upcycle.split_assign import METHODS, balanced_assignment, clusters
 from moectl.upcycle.split_recipe import SplitRecipe

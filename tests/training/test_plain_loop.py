@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from plain_loop import train
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moectl.errors import CheckFailed, InputError
-from moectl.training.loop import train
 
 VOCABULARY = 32
 

@@ -1,4 +1,7 @@
-"""The training loop: AdamW, linear warm-up and a cosine to zero, gradient clipping. Batches in, losses out."""
+"""The plainest training loop: AdamW, linear warm-up and a cosine to zero, gradient clipping. Batches in, losses out.
+
+It trains a model that is in memory, for benchmarks that compare models, and is what `moectl train` is checked against.
+"""
 
 from __future__ import annotations
 
