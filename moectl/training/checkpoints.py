@@ -1,8 +1,9 @@
 """What a training leaves behind so that it can go on: DCP checkpoints beside OUT, and which of them is the last.
 
 `OUT.partial/checkpoints/step-00000100/` holds the shards of torch.distributed.checkpoint, which any number of processes
-can read, and `state.json`: the step and where each part of the data stands. It is written under another name and renamed when it is whole and on the disk; `latest` is
-replaced by a rename too. Whatever happens at whatever moment, `latest` names a whole checkpoint.
+can read, and `state.json`: the step, and where each part of the data stands. It is written under another name and
+renamed when it is whole and on the disk; `latest` is replaced by a rename too. Whatever happens at whatever moment,
+`latest` names a whole checkpoint.
 """
 
 from __future__ import annotations
@@ -34,12 +35,16 @@ _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 class Checkpoints:
-    """The checkpoints of one training in `directory`, the newest `keep` of them."""
+    """The checkpoints of one training in `directory`, the newest `keep` of them.
 
-    def __init__(self, directory: Path, world: World, *, keep: int) -> None:
+    With `trained_only` they leave out the parameters without gradients, as those of an adapter's base model.
+    """
+
+    def __init__(self, directory: Path, world: World, *, keep: int, trained_only: bool = False) -> None:
         self.directory = directory
         self.world = world
         self.keep = keep
+        self._options = StateDictOptions(ignore_frozen_params=trained_only, strict=not trained_only)
         self._fs = FileSystem()
 
     def latest(self) -> Path | None:
@@ -63,7 +68,7 @@ class Checkpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._fs.remove_tree(work)
         self.world.barrier()
-        _quietly(state_dict_saver.save, _state(model, optimizer), checkpoint_id=work)
+        _quietly(state_dict_saver.save, self._state(model, optimizer), checkpoint_id=work)
         if self.world.is_main:
             (work / "state.json").write_text(json.dumps({"step": step, "data": places}) + "\n")
             for path in work.iterdir():
@@ -81,10 +86,17 @@ class Checkpoints:
         path = self.latest()
         if path is None:
             return
-        state = _state(model, optimizer)
+        state = self._state(model, optimizer)
         _quietly(state_dict_loader.load, state, checkpoint_id=path)
-        set_model_state_dict(model, state["model"])
+        set_model_state_dict(model, state["model"], options=self._options)
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_OPTIONS)
+
+    def _state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        # Asking an optimiser that has not stepped yet for its state makes it up, with gradients of zero.
+        return {
+            "model": get_model_state_dict(model, options=self._options),
+            "optimizer": get_optimizer_state_dict(model, optimizer, options=_OPTIONS),
+        }
 
     def _point_to(self, name: str) -> None:
         pointer = self.directory / "latest"
@@ -109,14 +121,6 @@ def whole_model(model: nn.Module) -> dict[str, Any]:
     """Every tensor of a model, gathered to the CPU of the first process; empty in the others."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return get_model_state_dict(model, options=options)
-
-
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    # Asking an optimiser that has not stepped yet for its state makes it up, with gradients of zero.
-    return {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=_OPTIONS),
-    }
 
 
 def _quietly(function: Callable[..., Any], *arguments: Any, **named: Any) -> None:

@@ -20,6 +20,7 @@ from moectl.checkpoint.source import Checkpoint
 from moectl.errors import CheckFailed
 from moectl.layerwise.quiet import quiet
 from moectl.text import escape
+from moectl.training.adapters import Adapter, Source, sources_of, write_adapter
 from moectl.training.model import check_complete, load_model
 from moectl.training.recipe import TrainRecipe
 
@@ -28,7 +29,7 @@ SHARD_BYTES = "5GB"
 
 def publish(
     tensors: dict[str, Any],
-    source: Checkpoint,
+    source: Source,
     recipe: TrainRecipe,
     fingerprint: str,
     root: Path,
@@ -36,7 +37,9 @@ def publish(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Write the trained tensors (by their names in memory) as a checkpoint, check that it loads, rename it to `out`.
+    """Write the trained tensors as what the source is, check that it loads, rename it to `out`.
+
+    They come by their names in memory, an adapter's by those on disk.
 
     Every tensor is rounded once to the type the source stores it in. `root`, the partial output, is removed.
 
@@ -46,15 +49,7 @@ def publish(
     fs = FileSystem()
     target = root / "model"
     fs.remove_tree(target)
-    # A fresh model of the source has its types and classes; the trained one may be sharded and is float32 throughout.
-    model = load_model(source, "eager", dtype="auto")
-    model.load_state_dict(tensors)
-    with quiet():
-        model.save_pretrained(target, max_shard_size=SHARD_BYTES)
-    for side in source.side_files():
-        shutil.copyfile(side, target / side.name)
-    written = Checkpoint.open(target)
-    _check_loads(written, source)
+    written = write_adapter(source, tensors, target) if isinstance(source, Adapter) else _write(source, tensors, target)
     metrics = root / "train"
     if metrics.is_dir():
         shutil.copytree(metrics, target / metrics.name)
@@ -67,6 +62,19 @@ def publish(
     fs.rename(target, out)
     fs.sync_directory(out.parent)
     fs.remove_tree(root)
+
+
+def _write(source: Checkpoint, tensors: dict[str, Any], target: Path) -> Checkpoint:
+    # A fresh model of the source has its types and classes; the trained one may be sharded and is float32 throughout.
+    model = load_model(source, "eager", dtype="auto")
+    model.load_state_dict(tensors)
+    with quiet():
+        model.save_pretrained(target, max_shard_size=SHARD_BYTES)
+    for side in source.side_files():
+        shutil.copyfile(side, target / side.name)
+    written = Checkpoint.open(target)
+    _check_loads(written, source)
+    return written
 
 
 def _check_loads(written: Checkpoint, source: Checkpoint) -> None:
@@ -92,7 +100,7 @@ def _check_loads(written: Checkpoint, source: Checkpoint) -> None:
         ) from error
 
 
-def _provenance(written: Checkpoint, source: Checkpoint, recipe: TrainRecipe, fingerprint: str) -> str:
+def _provenance(written: Checkpoint, source: Source, recipe: TrainRecipe, fingerprint: str) -> str:
     with Hasher() as hasher:
         futures = {
             name: hasher.submit((Extent(ref.file, ref.offset, ref.nbytes),)) for name, ref in written.tensors.items()
@@ -108,7 +116,7 @@ def _provenance(written: Checkpoint, source: Checkpoint, recipe: TrainRecipe, fi
         "schema": SCHEMA,
         "moectl": version("moectl"),
         "recipe": {"method": "train", **recipe.to_json()},
-        "sources": [source_identity(source)],
+        "sources": [source_identity(each) for each in sources_of(source)],
         "fingerprint": fingerprint,
         "files": files,
         "tensors": hashes,

@@ -64,10 +64,23 @@ def discard(root: Path, fingerprint: str) -> None:
         FileSystem().remove_tree(root)
 
 
-def _claim(root: Path, fingerprint: str, recipe: TrainRecipe) -> int:
+def is_own(root: Path, fingerprint: str) -> bool:
+    """Whether the partial output is this training's; if not, it can be made so, for there is nothing in it.
+
+    Raises:
+        UsageError: it is another's.
+    """
     about = root / "run.json"
     if root.exists() and not about.exists() and any(path.name != "lock" for path in root.iterdir()):
         raise _other(root)
+    same = about.exists() and json.loads(about.read_text())["fingerprint"] == fingerprint
+    if not same and _is_begun(root):
+        raise _other(root)
+    return same
+
+
+def _claim(root: Path, fingerprint: str, recipe: TrainRecipe) -> int:
+    is_own(root, fingerprint)
     root.mkdir(parents=True, exist_ok=True)
     lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
@@ -79,11 +92,13 @@ def _claim(root: Path, fingerprint: str, recipe: TrainRecipe) -> int:
             "Two of them would overwrite each other's checkpoints.",
             "Wait for it, or give another -o.",
         ) from None
-    same = about.exists() and json.loads(about.read_text())["fingerprint"] == fingerprint
-    if not same and _is_begun(root):
+    try:
+        same = is_own(root, fingerprint)
+    except UsageError:
         os.close(lock)
-        raise _other(root)
+        raise
     if not same:
+        about = root / "run.json"
         work = about.with_suffix(".writing")
         work.write_text(json.dumps({"fingerprint": fingerprint, "recipe": recipe.to_json()}, indent=2) + "\n")
         FileSystem().rename(work, about)

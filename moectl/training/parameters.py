@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
 from torch import nn
@@ -18,8 +18,12 @@ ONLY: dict[str, Callable[[Role], bool]] = {
     "router": lambda role: role == "router",
     "experts": lambda role: role == "experts",
     "attention+router": lambda role: role in ("attention", "router"),
+    "adapters": lambda _role: True,
 }
-"""What `--only` may say -> which roles are trained."""
+"""What `--only` may say -> which roles are trained; in a model with adapters, which of the adapters'."""
+
+_ROUTER = ("gate.", "router.", "pesc_router.")
+_EXPERTS = ("experts.", "pesc_down.", "pesc_up.")
 
 _ATTENTION = re.compile(r"(^|\.)(self_attn|self_attention|attn|attention|linear_attn|short_conv|conv)\.")
 
@@ -32,27 +36,59 @@ def role_of(name: str, blocks: Sequence[MoeBlock]) -> Role:
     for block in blocks:
         if name.startswith(block.name + "."):
             inside = name.removeprefix(block.name + ".")
-            if inside.startswith("experts."):
+            if inside.startswith(_EXPERTS):
                 return "experts"
-            return "router" if inside.startswith(("gate.", "router.")) else "other"
+            return "router" if inside.startswith(_ROUTER) else "other"
     return "attention" if _ATTENTION.search(name) else "other"
 
 
-def select(model: nn.Module, blocks: Sequence[MoeBlock], *, only: str, freeze_experts: bool) -> int:
+def check_only(only: str, *, has_adapters: bool) -> None:
+    """See that `--only` can be meant.
+
+    Raises:
+        UsageError: it is no choice, or adapters of a model that has none, or all of a model whose adapter is written.
+    """
+    if only not in ONLY:
+        raise UsageError(f"--only {only!r} is not known.", "", f"Choose from {', '.join(ONLY)}.")
+    if only == "adapters" and not has_adapters:
+        raise UsageError(
+            "--only adapters: this model has no adapters.",
+            "They are trained in a PEFT adapter directory, on the base model it names.",
+            "Make one with moectl upcycle pesc MODEL -o ADAPTER, and train ADAPTER.",
+        )
+    if only == "all" and has_adapters:
+        raise UsageError(
+            "--only all: the base model of an adapter is frozen.",
+            "What is written is the adapter, which cannot hold changes of the base model.",
+            "Leave --only out to train the whole adapter, or train the base model itself.",
+        )
+
+
+def select(
+    model: nn.Module,
+    blocks: Sequence[MoeBlock],
+    *,
+    only: str,
+    freeze_experts: bool,
+    adapters: Collection[str] | None = None,
+) -> int:
     """Let gradients reach the parameters that are trained and no others; returns how many numbers these are.
 
     A selection bias is never among them: it has no gradient, and its own rule.
 
+    Args:
+        adapters: names of the parameters of an adapter, beside which nothing is trained.
+
     Raises:
         InputError: nothing is left to train, as with `--only router` in a dense model.
-        UsageError: `only` is no choice.
+        UsageError: as `check_only`.
     """
-    if only not in ONLY:
-        raise UsageError(f"--only {only!r} is not known.", "", f"Choose from {', '.join(ONLY)}.")
+    check_only(only, has_adapters=adapters is not None)
     trained = 0
     for name, parameter in model.named_parameters():
         role = role_of(name, blocks)
         wanted = ONLY[only](role) and not (freeze_experts and role == "experts")
+        wanted = wanted and (adapters is None or name in adapters)
         parameter.requires_grad_(wanted and not _is_bias(name))
         trained += parameter.numel() * parameter.requires_grad
     if not trained:

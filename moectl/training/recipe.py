@@ -116,12 +116,12 @@ class TrainRecipe:
         """The fields as plain data."""
         return asdict(self)
 
-    def fingerprint(self, source: Checkpoint) -> str:
-        """sha256 over what decides the result: this, the source's identity, the names and sizes of local data."""
+    def fingerprint(self, *sources: Checkpoint) -> str:
+        """sha256 over what decides the result: this, the sources' identities, the names and sizes of local data."""
         document: Mapping[str, Any] = {
             "moectl": version("moectl"),
             "recipe": self.to_json(),
-            "source": source_identity(source),
+            "sources": [source_identity(source) for source in sources],
             "data": [_files(part.spec) for part in self.parts],
         }
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

@@ -10,7 +10,8 @@ import hashlib
 import math
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,32 +21,32 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import get_scheduler
 
 from moectl.checkpoint.journal import partial_of
 from moectl.checkpoint.provenance import fingerprint_of
 from moectl.checkpoint.publish import exists_error, is_occupied
-from moectl.checkpoint.source import Checkpoint
 from moectl.data.chat import is_chat
 from moectl.data.mixture import Row, mixture_rows
 from moectl.data.tokens import BEGINNING
-from moectl.errors import CheckFailed
+from moectl.errors import CheckFailed, UsageError
 from moectl.integrations.transformers import NAME
 from moectl.text import escape
 from moectl.training import parameters
+from moectl.training.adapters import Adapter, Source, attach, average_gradients, learning, saved, sources_of
 from moectl.training.checkpoints import Checkpoints, whole_model
-from moectl.training.expert_parallel import distributed_config
 from moectl.training.export import publish
 from moectl.training.hold import claimed, discard, stoppable
-from moectl.training.metrics import Metrics, MetricsFile, flops_per_token, load_cv, matmul_speed, max_vio
-from moectl.training.model import load_encoding, load_model
-from moectl.training.recipe import SCHEDULES, TrainRecipe
+from moectl.training.metrics import Metrics, flops_per_token, load_cv, matmul_speed, max_vio
+from moectl.training.model import load_encoding
+from moectl.training.optimizer import optimizer_of, schedule_of, set_rates
+from moectl.training.pesc import PescWatch, pesc_blocks, pesc_top_k
+from moectl.training.recipe import TrainRecipe
 from moectl.training.routers import RouterWatch, moe_blocks
-from moectl.training.sharded import load_sharded
+from moectl.training.sharded import load_placed
 from moectl.training.step import Computed, Step
+from moectl.training.trackers import Tracker, check_trackers, recording
 from moectl.training.world import World
 
-BETAS = (0.9, 0.95)
 METRICS = Path("train") / "metrics.jsonl"
 
 
@@ -82,7 +83,7 @@ class Reporting:
 
 
 def train(
-    source: Checkpoint,
+    source: Source,
     recipe: TrainRecipe,
     out: Path,
     world: World,
@@ -90,11 +91,12 @@ def train(
     save_every: int = 100,
     keep: int = 2,
     metrics: Path | None = None,
+    log_to: Sequence[str] = (),
     overwrite: bool = False,
     expert_parallel: int = 1,
     reporting: Reporting | None = None,
 ) -> Outcome:
-    """Train a checkpoint and write the result to `out`; started again with the same recipe, it goes on.
+    """Train a checkpoint, or an adapter, and write the same to `out`; started again with the recipe, it goes on.
 
     In float32 with as many processes as before, the result of a run that was interrupted, however and how often, is
     bit for bit that of one that was not.
@@ -104,20 +106,20 @@ def train(
         keep: how many checkpoints stay.
         expert_parallel: over how many processes the experts of a layer are spread; 1 shards them like the rest.
         metrics: where to write the steps; by default to `train/metrics.jsonl` in OUT.
+        log_to: where to show them besides, of `TRACKERS`.
 
     Raises:
         CheckFailed: the loss or the gradient is not finite.
         InputError: the model or the data cannot be used.
-        MachineError: another process was lost.
-        UsageError: `out` or its partial output is another command's, or in use.
+        MachineError: another process was lost, or a tracker is not installed or cannot begin.
+        UsageError: `out` or its partial output is another command's, or in use, or it is not meant for an adapter.
     """
-    recipe.check()
-    recipe.check_processes(world.size)
+    check(source, recipe, world.size, expert_parallel=expert_parallel, log_to=log_to)
     reporting = reporting or Reporting()
     started = perf_counter()
     out = Path(os.path.normpath(out.absolute()))
     root = partial_of(out)
-    fingerprint = recipe.fingerprint(source)
+    fingerprint = recipe.fingerprint(*sources_of(source))
     if is_occupied(out) and not overwrite:
         if fingerprint_of(out) != fingerprint:
             raise exists_error(out)
@@ -126,27 +128,50 @@ def train(
         return Outcome(out, recipe.steps, 0.0, already=True)
     with claimed(root, fingerprint, recipe, world), stoppable() as stop:
         run = Run(source, recipe, root, world, keep=keep, expert_parallel=expert_parallel)
-        file = MetricsFile(metrics or root / METRICS, run.step) if world.is_main else None
-        if world.is_main:
-            reporting.begun(run.facts)
         last = None
-        while run.step < recipe.steps:
-            last = run.advance()
-            if file:
-                file.add(last)
-                reporting.on_step(last)
-            stopped = world.any(stop.number is not None)
-            if stopped or run.step % save_every == 0 or run.step == recipe.steps:
-                run.save()
-            if stopped and run.step < recipe.steps:
-                return Outcome(out, run.step, perf_counter() - started, stop.number or signal.SIGTERM, last=last)
-        if file:
-            file.close()
-        tensors = whole_model(run.model)
+        with ExitStack() as records:
+            told: list[Tracker] = []
+            if world.is_main:
+                file = metrics or root / METRICS
+                told = records.enter_context(recording(file, log_to, root, recipe.to_json(), fingerprint, run.step))
+                reporting.begun(run.facts)
+            while run.step < recipe.steps:
+                last = run.advance()
+                for each in told:
+                    each.add(last)
+                if world.is_main:
+                    reporting.on_step(last)
+                stopped = world.any(stop.number is not None)
+                if stopped or run.step % save_every == 0 or run.step == recipe.steps:
+                    run.save()
+                if stopped and run.step < recipe.steps:
+                    return Outcome(out, run.step, perf_counter() - started, stop.number or signal.SIGTERM, last=last)
+        tensors = saved(run.model) if isinstance(source, Adapter) else whole_model(run.model)
         if world.is_main:
             publish(tensors, source, recipe, fingerprint, root, out, overwrite=overwrite)
         world.barrier()
     return Outcome(out, recipe.steps, perf_counter() - started, last=last)
+
+
+def check(
+    source: Source, recipe: TrainRecipe, processes: int, *, expert_parallel: int = 1, log_to: Sequence[str] = ()
+) -> None:
+    """Refuse what can be seen to be impossible before anything is loaded.
+
+    Raises:
+        MachineError: a tracker is not installed.
+        UsageError: an option is out of its range, or is not meant for this model.
+    """
+    recipe.check()
+    recipe.check_processes(processes)
+    parameters.check_only(recipe.only, has_adapters=isinstance(source, Adapter))
+    check_trackers(log_to)
+    if expert_parallel > 1 and isinstance(source, Adapter):
+        raise UsageError(
+            "--expert-parallel is for whole models, and this is an adapter.",
+            "Every process holds the adapter whole; torchrun spreads its base model over them anyway.",
+            "Leave --expert-parallel out.",
+        )
 
 
 class Run:
@@ -154,7 +179,7 @@ class Run:
 
     def __init__(
         self,
-        source: Checkpoint,
+        source: Source,
         recipe: TrainRecipe,
         root: Path,
         world: World,
@@ -163,10 +188,12 @@ class Run:
         expert_parallel: int = 1,
     ) -> None:
         self.recipe, self.world = recipe, world
+        self.adapter = source if isinstance(source, Adapter) else None
+        base = sources_of(source)[0]
         # First: that there is no tokenizer or no such file should not take the time to load a model to say.
         chat = any(is_chat(part.spec) for part in recipe.parts)
-        encoding = load_encoding(source, int(source.config.get("vocab_size") or 1 << 62), chat=chat)
-        self.checkpoints = Checkpoints(root / "checkpoints", world, keep=keep)
+        encoding = load_encoding(base, int(base.config.get("vocab_size") or 1 << 62), chat=chat)
+        self.checkpoints = Checkpoints(root / "checkpoints", world, keep=keep, trained_only=self.adapter is not None)
         self.step, places = self.checkpoints.where()
         self.places = places or [BEGINNING] * len(recipe.parts)
         self.rows = mixture_rows(
@@ -179,44 +206,29 @@ class Run:
             skip=self.step * recipe.batch_size,
             starts=self.places,
         )
-        distributed = distributed_config(world, expert_parallel) if expert_parallel > 1 else None
         # On a CPU transformers' grouped_mm is the faster one to train with: benchmarks/results/train.json.
         implementation = recipe.implementation or (NAME if world.device.type == "cuda" else None)
-        self.model: nn.Module = (
-            load_model(source, implementation, distributed=distributed).to(world.device)
-            if world.size == 1 or distributed
-            else load_sharded(source, world, implementation)
+        self.model: nn.Module = load_placed(base, world, implementation, expert_parallel)
+        if self.adapter:
+            self.model = attach(self.adapter, self.model)
+        pesc = pesc_blocks(self.model) if self.adapter else []
+        blocks = pesc or moe_blocks(self.model)
+        trained = parameters.select(
+            self.model,
+            blocks,
+            only=recipe.only,
+            freeze_experts=recipe.freeze_experts,
+            adapters=learning(self.model) if self.adapter else None,
         )
-        blocks = moe_blocks(self.model)
-        trained = parameters.select(self.model, blocks, only=recipe.only, freeze_experts=recipe.freeze_experts)
         total = sum(parameter.numel() for parameter in self.model.parameters())
-        top_k = _top_k(self.model.config.get_text_config(decoder=True))
+        top_k = pesc_top_k(self.model) if pesc else _top_k(self.model)
         self.flops = flops_per_token(self.model, blocks, top_k, recipe.sequence_length)
-        self.watch = RouterWatch(blocks) if blocks else None
-        self.optimizer = torch.optim.AdamW(
-            parameters.groups(
-                self.model,
-                blocks,
-                learning_rate=recipe.learning_rate,
-                router_rate=recipe.learning_rate if recipe.router_rate is None else recipe.router_rate,
-                weight_decay=recipe.weight_decay,
-            ),
-            lr=recipe.learning_rate,
-            betas=BETAS,
-            fused=True,
-        )
+        self.watch = PescWatch(self.model, pesc) if pesc else RouterWatch(blocks) if blocks else None
+        self.optimizer = optimizer_of(self.model, blocks, recipe)
         self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        bounds = {"min_lr_rate": recipe.min_rate} if recipe.schedule == "cosine" else {}
-        self.schedule = get_scheduler(
-            SCHEDULES[recipe.schedule],
-            self.optimizer,
-            num_warmup_steps=recipe.warmup,
-            num_training_steps=recipe.steps,
-            scheduler_specific_kwargs=bounds,
-        )
-        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.schedule = schedule_of(self.optimizer, recipe)
         self.checkpoints.load(self.model, self.optimizer)
-        self._set_rates(rates)
+        set_rates(self.optimizer, self.schedule, self.step)
         self.compute = Step(self.model, self.watch, recipe, world)
         self.speed = matmul_speed(world.device, getattr(torch, recipe.dtype))
         self.facts = Facts(total, trained, len(blocks), self.step, self.flops, self.speed)
@@ -239,6 +251,8 @@ class Run:
         computed = self.compute.gradients(torch.from_numpy(token_BL), torch.from_numpy(learnt_BL))
         if not math.isfinite(computed.loss + computed.aux + computed.z):
             raise self._not_finite("loss", computed.loss, rows)
+        if self.adapter:
+            average_gradients(self.trained, self.world)
         norm = self.compute.update(computed, self.trained, self.optimizer, self.schedule)
         if not math.isfinite(norm):
             raise self._not_finite("norm of the gradient", norm, rows)
@@ -276,18 +290,6 @@ class Run:
             max_vio=tuple(max_vio(load_E) for load_E in loads),
         )
 
-    def _set_rates(self, rates: list[float]) -> None:
-        """Put the schedule where it is after `step` steps: every rate is its peak times a function of the step."""
-        if self.step == 0:
-            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
-            return
-        self.schedule.last_epoch = self.step
-        for group, peak, factor in zip(
-            self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
-        ):
-            group["lr"] = peak * factor(self.step)
-
     def _not_finite(self, what: str, value: float, rows: list[Row]) -> CheckFailed:
         first = self.step * self.recipe.batch_size
         specs = sorted({self.recipe.parts[row.part].spec for row in rows})
@@ -305,7 +307,8 @@ def _seed(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:7], "big")
 
 
-def _top_k(config: Any) -> int:
+def _top_k(model: Any) -> int:
+    config = model.config.get_text_config(decoder=True)
     for name in ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "top_k"):
         value = getattr(config, name, None)
         if value:

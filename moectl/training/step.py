@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import get_total_norm
 
 from moectl.training.losses import load_balancing_loss, router_z_loss, selection_bias_step
+from moectl.training.pesc import PescWatch
 from moectl.training.recipe import TrainRecipe
 from moectl.training.routers import RouterWatch
 from moectl.training.world import World
@@ -42,7 +43,9 @@ class Step:
     the balancing loss is taken, so that it too is a mean over the processes.
     """
 
-    def __init__(self, model: nn.Module, watch: RouterWatch | None, recipe: TrainRecipe, world: World) -> None:
+    def __init__(
+        self, model: nn.Module, watch: RouterWatch | PescWatch | None, recipe: TrainRecipe, world: World
+    ) -> None:
         self.model = model
         self.watch = watch
         self.recipe = recipe

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moectl.data.chat import chat_encoder, is_chat, read_chat
-from moectl.data.mixture import Part, mixture_rows, parse_parts, shares
-from moectl.data.tokens import byte_tokenizer
+from moectl.data.mixture import Part, Row, mixture_rows, parse_parts, shares
+from moectl.data.tokens import BEGINNING, Position, byte_tokenizer
 from moectl.errors import InputError, UsageError
 
 
@@ -99,6 +101,48 @@ def test_of_a_conversation_only_the_answers_are_learnt(tmp_path: Path) -> None:
             inside[start : at + 1] = True
     whole = len(tokens) - 20  # the last answer may be cut
     assert (learnt[:whole] == inside[:whole]).all() and 0 < learnt.sum() < len(learnt) / 2
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (3.0, 1.0), (0.2, 5.0, 1.0)])
+def test_a_mixture_goes_on_where_it_was_left(tmp_path: Path, weights: tuple[float, ...]) -> None:
+    """Against reading all of it again: text and conversations, within a pass and after several."""
+    talk = '{"messages": [{"role": "user", "content": "u%d"}, {"role": "assistant", "content": "a%d"}]}\n'
+    parts = []
+    for index, weight in enumerate(weights):
+        path = tmp_path / f"{index}.jsonl"
+        line = talk if index == 1 else '{"text": "the text %d of %d"}\n'
+        path.write_text("".join(line % (number, number) for number in range(30)))
+        parts.append(Part(str(path), weight))
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    encode_chat = chat_encoder(tokenizer, "model")
+    encoded: list[str] = []
+
+    def stream(**where: Any) -> Iterator[Row]:
+        def encode(text: str) -> list[int]:
+            encoded.append(text)
+            return list(text.encode())
+
+        def chat(text: str) -> tuple[list[int], list[bool]]:
+            encoded.append(text)
+            return encode_chat(text)
+
+        return mixture_rows(parts, encode, eos_id=256, sequence_length=48, seed=7, encode_chat=chat, **where)
+
+    def shown(rows: Iterable[Row]) -> list[Any]:
+        return [(row.part, row.token_L.tolist(), row.learnt_L.tolist(), row.end) for row in rows]
+
+    expected = list(islice(stream(), 150))
+    for skip in (0, 1, 2, 17, 50, 120):
+        ends = {row.part: row.end for row in expected[:skip]}
+        starts = [ends.get(part, BEGINNING) for part in range(len(parts))]
+        encoded.clear()
+        assert shown(islice(stream(skip=skip, starts=starts), 30)) == shown(expected[skip : skip + 30])
+        # A document has 10 tokens at least: what 30 rows hold, and those they begin and end in.
+        assert len(encoded) <= 30 * 48 / 10 + 2 * len(parts)
+        if skip:
+            wrong = [Position(place.epoch, place.document + 1, place.token) for place in starts]
+            assert shown(islice(stream(skip=skip, starts=wrong), 30)) != shown(expected[skip : skip + 30])
 
 
 def test_a_line_that_is_no_conversation_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moectl.data.documents import Document
-from moectl.data.tokens import BYTE_EOS_ID, BYTE_PAD_ID, SHUFFLE_BUFFER, byte_tokenizer, token_batches
+from moectl.data.tokens import (
+    BYTE_EOS_ID,
+    BYTE_PAD_ID,
+    SHUFFLE_BUFFER,
+    Position,
+    byte_tokenizer,
+    token_batches,
+    token_rows,
+)
 
 EOS = 1_000
 
@@ -67,6 +76,34 @@ def test_repeating_goes_on_with_another_order_and_full_batches() -> None:
 def test_without_a_seed_the_order_stays() -> None:
     order = documents_in(np.concatenate(batches(["c", "a", "b"], 1, 2)).flatten())
     assert order == ["c", "a", "b"]
+
+
+@given(
+    st.lists(st.text(max_size=40), min_size=1, max_size=8),
+    st.integers(1, 20),
+    st.sampled_from([None, 0]),
+    st.data(),
+)
+def test_a_stream_goes_on_from_the_position_of_any_row(
+    texts: list[str], length: int, seed: int | None, data: st.DataObject
+) -> None:
+    rows = partial(token_rows, documents(texts), eos_id=EOS, sequence_length=length, seed=seed, repeat=True)
+    expected = list(islice(rows(encode), 40))
+    taken = data.draw(st.integers(1, 30))
+    encoded: list[str] = []
+
+    def watched(text: str) -> list[int]:
+        encoded.append(text)
+        return encode(text)
+
+    found = list(islice(rows(watched, start=expected[taken - 1][1]), 10))
+    for (row, end), (expected_row, expected_end) in zip(found, expected[taken:], strict=False):
+        assert row.tolist() == expected_row.tolist() and end == expected_end
+    ends = sum(int((row == EOS).sum()) for row, _ in found)
+    assert len(encoded) <= ends + 2, "no document before the one the row ended in is encoded again"
+    epoch, document, token = expected[taken - 1][1]
+    beside = next(rows(encode, start=Position(epoch, document, max(0, token - 1))))[0]
+    assert token == 0 or len(set(expected[taken][0].tolist())) == 1 or beside.tolist() != found[0][0].tolist()
 
 
 @pytest.fixture(scope="module")

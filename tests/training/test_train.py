@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import tiny_training as models
 import torch
+from plain_loop import train as plain_loop
 from safetensors.torch import load_file, save_file
 from tiny_training import ONE
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,7 +33,6 @@ from moectl.errors import CheckFailed, InputError, UsageError
 from moectl.integrations.transformers import NAME
 from moectl.training import run
 from moectl.training.live import sparkline
-from moectl.training.loop import train as plain_loop
 from moectl.training.metrics import MetricsFile, read_metrics
 from moectl.training.model import load_encoding
 from moectl.training.recipe import TrainRecipe

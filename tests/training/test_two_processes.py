@@ -8,19 +8,43 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_training as models
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_training import ONE
 
 from moectl.checkpoint.source import Checkpoint
+from moectl.checkpoint.writer import write
 from moectl.training.metrics import read_metrics
 from moectl.training.run import METRICS, train
+from moectl.upcycle.pesc import Base, PescRecipe, plan_pesc
 
 HERE = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {"num_hidden_layers": 3},
+    "gpt_oss": {},
+    "llama": {"tie_word_embeddings": True, "vocab_size": 261, "intermediate_size": 33},
+    "mixtral": {"num_local_experts": 3},
+}
+"""What is loaded in pieces: a router bias, stored biases and sinks, a tied head and odd sizes, experts to fuse."""
+
+
+def save_models_to_load(directory: Path) -> None:
+    """The `MODELS`, and a Llama whose config ties two tensors that differ."""
+    for name, sizes in MODELS.items():
+        (models.save_dense if name == "llama" else partial(models.save_moe, model_type=name))(directory / name, **sizes)
+    parted = models.save_dense(directory / "parted", tie_word_embeddings=True)
+    tensors = models.tensors(parted)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, parted / "model.safetensors", {"format": "pt"})
 
 
 def environment() -> dict[str, str]:
@@ -31,16 +55,26 @@ def test_two_processes_compute_the_same_step_and_resume(tmp_path: Path) -> None:
     data = models.write_data(tmp_path / "data")
     moe = models.save_moe(tmp_path / "moe")
     models.save_moe(tmp_path / "ds", "deepseek_v3", num_hidden_layers=3)
+    save_models_to_load(tmp_path / "load")
+    pesc = PescRecipe(experts=4, adapter_dim=8, lora_rank=2)
+    write(plan_pesc(Base.open(str(models.save_dense(tmp_path / "dense"))), pesc), tmp_path / "pesc")
     script = [str(HERE / "two_processes.py"), str(tmp_path)]
     done = subprocess.run([*TORCHRUN, *script], capture_output=True, text=True, env=environment(), timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "found.json").read_text())
+    assert found["loaded_alike"] == dict.fromkeys([*MODELS, "parted"], True)
     for name in ("fsdp", "fsdp with biases", "fsdp and experts"):
         step = found[name]
         assert step["held"][0] == 4 and ("ep" in step["held"]) == ("experts" in name) and step["loads_equal"]
         assert step["difference"] <= 1e-6 < 1e-3 < step["moved"], name
         for measure in ("loss", "aux", "grad_norm"):
             assert step[measure][0] == pytest.approx(step[measure][1], rel=1e-6), (name, measure)
+
+    step = found["pesc"]
+    assert step["base_in_pieces"] and step["loads_equal"] and step["difference"] <= 1e-6
+    assert step["numbers"][0] == pytest.approx(step["numbers"][1], rel=1e-6)
+    ends = [load_file(tmp_path / f"pesc-{name}" / "adapter_model.safetensors") for name in ("undisturbed", "resumed")]
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
 
     assert found["stopped_resumed"] == found["stopped_left"] == [3, signal.SIGTERM]
     assert models.equal(tmp_path / "resumed", tmp_path / "undisturbed")

@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc-per-node 2 two_processes.py DIRECTORY
 
-The first process writes what was found to DIRECTORY/found.json. DIRECTORY holds moe/, ds/ and data/.
+The first process writes what was found to DIRECTORY/found.json. DIRECTORY holds moe/, ds/, pesc/, load/ and data/.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from tiny_training import ONE
 from torch.distributed.tensor import DTensor
 
 from moectl.checkpoint.source import Checkpoint
+from moectl.training.adapters import Source, open_source, saved
 from moectl.training.checkpoints import whole_model
+from moectl.training.model import load_model
 from moectl.training.run import Reporting, Run, train
+from moectl.training.sharded import load_sharded
 from moectl.training.world import World, joined
 
 
@@ -34,11 +37,52 @@ def one_step(source: Checkpoint, recipe: Any, world: World, root: Path, ep: int 
     return whole_model(run.model), metrics, held
 
 
+def loaded_alike(source: Checkpoint, world: World) -> bool:
+    """Whether a model loaded in pieces is, to the bit, the one loaded whole: weights, buffers, logits."""
+    pieces, whole = load_sharded(source, world).eval(), load_model(source).eval()
+    ids = torch.arange(48).view(2, 24)
+    with torch.no_grad():
+        same = torch.equal(pieces(ids).logits, whole(ids).logits)
+    buffers = dict(whole.named_buffers())
+    same &= buffers.keys() == dict(pieces.named_buffers()).keys()
+    same &= all(torch.equal(buffer, buffers[name]) for name, buffer in pieces.named_buffers())
+    gathered, expected = whole_model(pieces), whole.state_dict()
+    same &= all(torch.equal(tensor, expected[name]) for name, tensor in gathered.items())
+    own = sum(len(p.to_local()) if isinstance(p, DTensor) else 0 for p in pieces.parameters())
+    same &= own < 0.6 * sum(map(len, whole.parameters())) and bool(gathered) == world.is_main
+    return not world.any(not same)
+
+
+def adapter_step(source: Source, recipe: Any, world: World, root: Path) -> dict[str, Any]:
+    """One step of an adapter on a base model in pieces against one on a whole one; then stopped and resumed."""
+    run = Run(source, recipe, root, world)
+    step, ours = run.advance(), saved(run.model)
+    alone = Run(source, recipe, root, ONE)
+    expected, theirs = alone.advance(), saved(alone.model)
+    base = [p for name, p in run.model.named_parameters() if not p.requires_grad]
+    outs = [root.with_name(name) for name in ("pesc-undisturbed", "pesc-resumed")]
+    train(source, recipe, outs[0], world)
+
+    def stop(_metrics: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    train(source, recipe, outs[1], world, reporting=Reporting(on_step=stop))
+    train(source, recipe, outs[1], world)
+    return {
+        "base_in_pieces": all(isinstance(parameter, DTensor) for parameter in base),
+        "numbers": [[each.loss, each.aux, each.grad_norm] for each in (step, expected)],
+        "loads_equal": step.load_cv == expected.load_cv,
+        "difference": max(relative(tensor, theirs[name]) for name, tensor in ours.items()),
+    }
+
+
 def main(directory: Path, world: World) -> dict[str, Any]:
     """Everything that two processes are needed for, in one launch."""
     found: dict[str, Any] = {}
     data = tuple(str(path) for path in sorted((directory / "data").iterdir()))
     root = directory / "none"
+    models_to_load = sorted((directory / "load").iterdir())
+    found["loaded_alike"] = {path.name: loaded_alike(Checkpoint.open(path), world) for path in models_to_load}
     for name, model, ep, options in (
         ("fsdp", "moe", 1, {}),
         ("fsdp with biases", "ds", 1, {"bias_update": 0.01, "aux_loss": 0.02}),
@@ -61,6 +105,8 @@ def main(directory: Path, world: World) -> dict[str, Any]:
             }
         world.barrier()
 
+    adapters = models.recipe(data, warmup=0, steps=3, learning_rate=3e-4, only="adapters")
+    found["pesc"] = adapter_step(open_source(str(directory / "pesc")), adapters, world, root)
     source, recipe = Checkpoint.open(directory / "moe"), models.recipe(data, learning_rate=3e-4)
 
     def stop(metrics: Any) -> None:
