@@ -7,9 +7,9 @@
 # ensemble (BTM), their mixture (BTX) after a short training, and beside it the seed continued dense and sparsely upcycled.
 # All continued trainings have steps of 2,048 tokens, one learning rate and one schedule:
 #
-#   branch 80 steps each, mixture 100 steps           sequential steps 180, tokens 340 * 2,048 in all
-#   dense, upcycled 340 steps                         equal tokens in all
-#   upcycled-sequential 180 steps                     equal sequential steps: branches run side by side
+#   branch 60 steps each, mixture 150 steps           sequential steps 210, tokens 330 * 2,048 in all
+#   dense, upcycled 330 steps                         equal tokens in all
+#   upcycled-sequential 210 steps                     equal sequential steps: branches run side by side
 #
 # The grid, decided before it was run, every cell of which is reported (benchmarks/btx_story_table.py): random seeds
 # 0, 1, 2, each with a short training of the seed model (150 steps) and a long one (600 steps).
@@ -17,10 +17,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 folder=${1:?a folder to work in} seed=${2:?a random seed} seed_steps=${3:?steps of the seed model}
-branch_steps=80 moe_steps=100
+branch_steps=60 moe_steps=150
 total=$((3 * branch_steps + moe_steps)) sequential=$((branch_steps + moe_steps))
 domains=(--data builtin:code --data builtin:prose --data builtin:arithmetic)
-how=(--batch-size 8 --seq-len 256 --lr 2e-3 --warmup 10 --seed "$seed" --quiet)
+how=(--batch-size 8 --seq-len 256 --lr 1e-3 --warmup 10 --seed "$seed" --quiet)
 mkdir -p "$folder"
 
 python - "$folder/seed" "$seed_steps" "$seed" <<'PYTHON'
