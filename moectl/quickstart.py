@@ -1,151 +1,209 @@
-"""The story in one command: train a small dense model, upcycle it, check it, load it, compare before and after."""
+"""The story in one command: a seed, a branch for each of three domains, Branch-Train-MiX, and what it was worth."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+
+import numpy as np
+import torch
 
 from moectl.checkpoint.provenance import verify_hashes
 from moectl.checkpoint.source import Checkpoint
 from moectl.checkpoint.writer import write
 from moectl.errors import CheckFailed, UsageError
-from moectl.evaluation.compare import compare, load
-from moectl.evaluation.heldout import heldout_batches, heldout_loss
-from moectl.evaluation.inspect import inspect
-from moectl.layerwise.quiet import quiet
-from moectl.training.byte_llama import BATCH_SIZE, DATA, SEQUENCE_LENGTH, train_byte_llama
+from moectl.evaluation import run as evaluation
+from moectl.evaluation.compare import compare
+from moectl.routing import run as routing
+from moectl.text import escape
+from moectl.traces.domains import specialisation
+from moectl.training.branch import branches
+from moectl.training.byte_llama import BATCH_SIZE, DATA, DOMAINS, SEQUENCE_LENGTH, train_byte_llama
+from moectl.training.metrics import Metrics
+from moectl.training.recipe import TrainRecipe
+from moectl.training.run import Reporting, train
+from moectl.training.world import World
+from moectl.upcycle.average import plan_average
+from moectl.upcycle.btx import plan_btx
+from moectl.upcycle.btx_models import open_models
+from moectl.upcycle.btx_recipe import BtxRecipe, Expert
 from moectl.upcycle.recipe import SparseRecipe
 from moectl.upcycle.sparse import plan_sparse
 
 TOLERANCE = 1e-5
-HELDOUT_BATCHES = 6
+SEQUENCES, LEARNING_RATE, WARMUP = BATCH_SIZE // 2, 1e-3, 10
+"""Of the trainings after the seed's: as in `benchmarks/btx_story.sh`, of which this is a cell."""
+HELDOUT_TOKENS, ROUTED_TOKENS = 16_384, 4_096
+PARTS = {"seed", "upcycled", "branches", "average", "btx-start", "btx"}
+"""What a quickstart's directory holds; anything else is never removed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
-    """One of the two models: where it is and what it is like. Losses are nats per byte, by domain."""
+class Steps:
+    """How long each model is trained: the seed in steps of 4,096 tokens, what follows in steps of 2,048."""
+
+    seed: int = 150
+    branch: int = 60
+    moe: int = 150
+
+    @property
+    def total(self) -> int:
+        """Of all trainings together."""
+        return self.seed + self.after
+
+    @property
+    def after(self) -> int:
+        """Of the trainings after the seed's."""
+        return len(DOMAINS) * self.branch + self.moe
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What `moectl quickstart` reports.
+
+    Attributes:
+        path: of the finished MoE.
+        max_logit_difference: between the seed and its sparse upcycling, which is the same function.
+        loss: of each model and ensemble, the held-out loss of each domain and their mean, in nats per byte.
+        served: for each expert the share of each domain's bytes that use it, averaged over the layers.
+        tokens: that all trainings saw.
+        seconds: in all.
+    """
 
     path: str
-    parameters: int
-    active_parameters: int
-    bytes: int
-    seconds: float
-    heldout_loss: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Story:
-    """What `moectl quickstart` reports."""
-
-    dense: Side
-    moe: Side
-    experts: int
-    top_k: int
-    training_tokens: int
     max_logit_difference: float
-    relative_difference: float
-    argmax_agreement: float
+    loss: dict[str, dict[str, float]]
+    served: dict[str, dict[str, float]]
+    tokens: int
     seconds: float
 
 
 def quickstart(
     directory: Path,
     *,
-    steps: int,
+    steps: Steps,
     seed: int,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda _text: None,
-    on_step: Callable[[int, float], None] | None = None,
-) -> Story:
-    """Make `directory`/dense and `directory`/moe and compare them; `say` hears of every stage.
+    on_step: Callable[[Metrics], None] = lambda _metrics: None,
+) -> Told:
+    """Make every model of the story in `directory` and compare them; `say` hears of every stage.
 
     Raises:
         UsageError: `directory` exists and `overwrite` is not given, or it holds something else.
-        CheckFailed: the two models are not the same function.
+        CheckFailed: an upcycled model is not the same function.
     """
     started = perf_counter()
-    dense, moe = directory / "dense", directory / "moe"
     _make_room(directory, overwrite)
-    recipe = SparseRecipe(experts=8, top_k=2, seed=seed)
+    of_seed = directory / "seed"
 
-    say(f"Training a byte-level Llama for {steps} steps on text that comes with Python.")
-    trained = train_byte_llama(dense, steps=steps, seed=seed, on_step=on_step)
+    say(f"1. A seed: a byte-level Llama, {steps.seed} steps on code, prose and arithmetic that come with Python.")
+    train_byte_llama(of_seed, steps=steps.seed, seed=seed, on_step=on_step)
 
-    say(f"Upcycling it to {recipe.experts} experts, {recipe.top_k} active per token.")
-    upcycling = perf_counter()
-    write(plan_sparse(Checkpoint.open(dense), recipe), moe)
-    upcycling = perf_counter() - upcycling
+    say("2. Upcycled to 8 experts, top 2, it is the same function: hashes and logits are compared.")
+    difference = _upcycled(of_seed, directory / "upcycled", seed)
 
-    say("Verifying: hashes of every tensor, then the logits of both models.")
+    say(f"3. A branch of the seed for each domain, {steps.branch} steps each, apart from one another.")
+    recipe = TrainRecipe(
+        data=DATA,
+        steps=steps.branch,
+        batch_size=SEQUENCES,
+        sequence_length=SEQUENCE_LENGTH,
+        learning_rate=LEARNING_RATE,
+        warmup=WARMUP,
+        seed=seed,
+    )
+    experts = []
+    for branch in branches(recipe, directory / "branches"):
+        _train(of_seed, branch.recipe, branch.out, on_step)
+        experts.append(branch.out)
+
+    say("4. Branch-Train-MiX: the FFN of each branch is an expert, the rest is their average.")
+    members = tuple(Expert(str(path), data=(spec,)) for path, spec in zip(experts, DATA, strict=True))
+    mixture = BtxRecipe(members, top_k=2, router_init="text", seed=seed)
+    models = open_models(mixture)
+    write(plan_average(models, mixture), directory / "average")
+    write(plan_btx(models, mixture, directory / "btx-start.statistics"), directory / "btx-start")
+
+    say(f"5. The mixture learns to route: {steps.moe} steps on all three.")
+    _train(directory / "btx-start", replace(recipe, steps=steps.moe), directory / "btx", on_step)
+
+    say("6. Held-out text for all of them, and whom the mixture's experts serve.")
+    measured = (of_seed, *experts, directory / "average", directory / "btx")
+    found = evaluation.run(
+        evaluation.Settings(
+            models=tuple(map(str, measured)),
+            data=DATA,
+            ensemble=True,
+            members=tuple(map(str, experts)),
+            max_tokens=HELDOUT_TOKENS,
+        )
+    )
+    loss = {
+        name: {domain: of_domain.loss for domain, of_domain in result.items()}
+        for name, result in zip(found.names, found.results, strict=True)
+    }
+    tokens = (steps.seed * BATCH_SIZE + steps.after * SEQUENCES) * SEQUENCE_LENGTH
+    served = _served(directory / "btx")
+    return Told(str(directory / "btx"), difference, loss, served, tokens, perf_counter() - started)
+
+
+def rows(told: Told) -> list[tuple[Any, ...]]:
+    """The table: each model, its held-out loss of each domain and on average, and the domain its expert serves."""
+    best = min(told.loss, key=lambda name: told.loss[name]["mean"])
+    table: list[tuple[Any, ...]] = []
+    for name, loss in told.loss.items():
+        losses = (f"{loss[domain]:.3f}" for domain in (*DOMAINS, "mean"))
+        table.append((name, *losses, "lowest mean" if name == best else ""))
+    return table
+
+
+def served_rows(told: Told) -> list[tuple[Any, ...]]:
+    """The second table: each expert, the share of each domain's bytes that use it, and the domain it serves most."""
+    return [
+        (expert, *(f"{share[domain]:.0%}" for domain in DOMAINS), max(share, key=lambda domain: share[domain]))
+        for expert, share in told.served.items()
+    ]
+
+
+def _upcycled(dense: Path, moe: Path, seed: int) -> float:
+    write(plan_sparse(Checkpoint.open(dense), SparseRecipe(experts=8, top_k=2, seed=seed)), moe)
     opened = Checkpoint.open(moe)
     comparison = compare(opened, Checkpoint.open(dense), seed=seed)
     if not (verify_hashes(opened).ok and comparison.relative <= TOLERANCE):
         raise CheckFailed(f"{moe} is not the function of {dense}.", f"{comparison}", "Please report this: it is a bug.")
-
-    say("Loading both with AutoModelForCausalLM and measuring the loss on held-out text.")
-    return Story(
-        dense=_side(dense, trained["seconds"]),
-        moe=_side(moe, upcycling),
-        experts=recipe.experts,
-        top_k=recipe.top_k,
-        training_tokens=steps * BATCH_SIZE * SEQUENCE_LENGTH,
-        max_logit_difference=comparison.max_abs,
-        relative_difference=comparison.relative,
-        argmax_agreement=comparison.argmax_agreement,
-        seconds=perf_counter() - started,
-    )
+    return comparison.max_abs
 
 
-def rows(story: Story) -> list[tuple[str, Any, Any]]:
-    """The before/after table: (measure, dense, MoE)."""
-    dense, moe = story.dense, story.moe
-    losses = [
-        (f"held-out loss, {domain} (nats/byte)", f"{dense.heldout_loss[domain]:.4f}", f"{moe.heldout_loss[domain]:.4f}")
-        for domain in dense.heldout_loss
-    ]
-    return [
-        ("parameters", f"{dense.parameters:,}", f"{moe.parameters:,}"),
-        ("active per token", f"{dense.active_parameters:,}", f"{moe.active_parameters:,}"),
-        ("bytes", f"{dense.bytes:,}", f"{moe.bytes:,}"),
-        *losses,
-        ("max |logit difference|", "", f"{story.max_logit_difference:.2g}"),
-        ("  relative to max |logit|", "", f"{story.relative_difference:.2g}"),
-        ("  same next byte", "", f"{story.argmax_agreement:.1%}"),
-        ("seconds to make", f"{dense.seconds:.1f}", f"{moe.seconds:.1f}"),
-    ]
+def _train(source: Path, recipe: TrainRecipe, out: Path, on_step: Callable[[Metrics], None]) -> None:
+    alone = World(0, 1, torch.device("cpu"))
+    train(Checkpoint.open(source), recipe, out, alone, reporting=Reporting(on_step=on_step))
+
+
+def _served(moe: Path) -> dict[str, dict[str, float]]:
+    recorded = routing.record(Checkpoint.open(moe), DATA, routing.Settings(max_tokens=ROUTED_TOKENS, scores=False))
+    layers = specialisation(recorded["decoder"].statistics)
+    share_DE = np.mean([layer.share_DE for layer in layers], axis=0)
+    return {
+        f"expert {number} ({DOMAINS[number]}'s FFN)": dict(zip(DOMAINS, map(float, share_D), strict=True))
+        for number, share_D in enumerate(share_DE.T)
+    }
 
 
 def _make_room(directory: Path, overwrite: bool) -> None:
     if not directory.exists() or not any(directory.iterdir()):
         return
-    ours = {path.name for path in directory.iterdir()} <= {"dense", "moe", "moe.partial"}
+    known = PARTS | {f"{name}.{end}" for name in PARTS for end in ("partial", "untrained", "statistics")}
+    ours = {path.name for path in directory.iterdir()} <= known
     if not (overwrite and ours):
         raise UsageError(
-            f"{directory} exists.",
-            "" if ours else "It holds more than a quickstart's two models, so it is never removed.",
+            f"{escape(str(directory))} exists.",
+            "" if ours else "It holds more than a quickstart's models, so it is never removed.",
             "Give --overwrite to replace it, or another directory." if ours else "Give another directory.",
         )
     for path in directory.iterdir():
         shutil.rmtree(path)
-
-
-def _side(path: Path, seconds: float) -> Side:
-    checkpoint = Checkpoint.open(path)
-    sizes = inspect(checkpoint)
-    with quiet():
-        model = load(checkpoint)
-    batches = heldout_batches(
-        DATA,
-        lambda text: list(text.encode()),
-        eos_id=model.config.eos_token_id,
-        sequence_length=SEQUENCE_LENGTH,
-        batch_size=BATCH_SIZE,
-        max_batches=HELDOUT_BATCHES,
-    )
-    loss = heldout_loss(model, batches)
-    active = sizes.active_parameters or sizes.parameters
-    return Side(str(path), sizes.parameters, active, sizes.bytes, seconds, loss)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -103,8 +102,6 @@ def btx(
     run again takes them. Options given beside --recipe stand before what it says. stdout is the path of OUT. The same
     command resumes after an interruption.
     """
-    from contextlib import ExitStack
-    from tempfile import TemporaryDirectory
     from time import perf_counter
 
     from moectl.report import output
@@ -154,9 +151,8 @@ def btx(
     warnings = dict.fromkeys(warning for source in models.sources for warning in source.warnings)
     for warning in warnings:
         output.warn(warning)
-    with ExitStack() as stack:
-        place = stack.enter_context(TemporaryDirectory()) if dry_run else out.with_name(f"{out.name}.statistics")
-        plan = plan_btx(models, asked, Path(place))
+    with writing.statistics(out, dry_run=dry_run) as place:
+        plan = plan_btx(models, asked, place)
         writing.carry_out(
             plan,
             how,

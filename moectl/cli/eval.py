@@ -82,11 +82,11 @@ def evaluate(
     is in nats per token of the model's own tokenizer; bits per byte compare models of any tokenizer. The difference is
     in bits per byte, against the first model, paired by document.
     """
-    from moectl.evaluation.gate import parse_condition
+    from moectl.evaluation import gate
     from moectl.evaluation.harness import require_harness
     from moectl.report import output
 
-    conditions = [parse_condition(text) for text in fail_on or ()]
+    conditions = [gate.parse(text) for text in fail_on or ()]
     wanted = tuple(task.strip() for task in tasks.split(",") if task.strip()) if tasks is not None else ()
     if tasks is not None:
         require_harness()
@@ -120,7 +120,7 @@ def evaluate(
     else:
         columns, rows = _table(found)
         output.emit_table(columns, rows, title="Held-out text" if measured_text else "Tasks")
-    failures = [line for condition in conditions for line in condition.failures(found.names, found.results)]
+    failures = [line for condition in conditions for line in gate.failures(condition, found.names, found.results)]
     if failures:
         raise CheckFailed(
             "; ".join(failures) + ".", "--fail-on says so.", "Look at the table, or change the condition."

@@ -15,7 +15,20 @@ from typing import NoReturn
 
 import typer
 
-from moectl.cli import average, bench, families, finish, inspect, quickstart, recipe, train, upcycle, verify
+from moectl.cli import (
+    analyze_routing,
+    average,
+    bench,
+    branch,
+    families,
+    finish,
+    inspect,
+    quickstart,
+    recipe,
+    train,
+    upcycle,
+    verify,
+)
 from moectl.cli import eval as eval_
 from moectl.errors import MachineError, MoectlError
 
@@ -35,10 +48,11 @@ app.command("verify")(verify.verify)
 app.command("finish")(finish.finish)
 app.command("inspect")(inspect.inspect)
 app.command("eval")(eval_.evaluate)
+app.command("analyze-routing")(analyze_routing.analyze_routing)
 app.command("average")(average.average)
 app.command("families")(families.families)
 app.command("train")(train.train)
-app.command("branch")(train.branch)
+app.command("branch")(branch.branch)
 app.command("quickstart")(quickstart.quickstart)
 
 

@@ -71,6 +71,9 @@ def split(
 
     With all parts active the result computes the same function as DENSE. With --top-k below that it is smaller per
     token and worse: the held-out loss before and after is printed on stderr. Only training wins it back.
+
+    Which neuron goes where, and how often each is active, is kept in OUT.statistics, from where a command that is run
+    again takes it.
     """
     from time import perf_counter
 
@@ -112,21 +115,22 @@ def split(
         output.warn(warning)
     split_pair(source, recipe)
     specs = tuple(data or BUILTIN)
-    plan = plan_split(source, recipe, _rates(source, specs) if recipe.shared else None)
-    facts = plan.facts
-    beside = f" and {shared} shared" if shared else ""
-    writing.carry_out(
-        plan,
-        how,
-        headline=f"{source.name} ({facts['source_family']}, {output.count(facts['source_parameters'])}) -> "
-        f"{facts['family']}, {recipe.routed} experts{beside}, top {recipe.active}",
-        against=(dense,) if facts["exact"] and not facts["dequantised"] else (),
-    )
+    with writing.statistics(out, dry_run=dry_run) as place:
+        plan = plan_split(source, recipe, _rates(source, specs, place) if recipe.shared else None, place)
+        facts = plan.facts
+        beside = f" and {shared} shared" if shared else ""
+        writing.carry_out(
+            plan,
+            how,
+            headline=f"{source.name} ({facts['source_family']}, {output.count(facts['source_parameters'])}) -> "
+            f"{facts['family']}, {recipe.routed} experts{beside}, top {recipe.active}",
+            against=(dense,) if facts["exact"] and not facts["dequantised"] else (),
+        )
     if not (recipe.keeps_function or no_eval or quiet or dry_run) and (out / "config.json").exists():
         output.note(_loss_note(source, out, specs))
 
 
-def _rates(source: Checkpoint, specs: tuple[str, ...]) -> ActivationRates:
+def _rates(source: Checkpoint, specs: tuple[str, ...], place: Path) -> ActivationRates:
     from moectl.data.documents import read_documents
     from moectl.data.tokens import token_batches
     from moectl.errors import InputError
@@ -148,17 +152,17 @@ def _rates(source: Checkpoint, specs: tuple[str, ...]) -> ActivationRates:
             "Which neurons are most often active cannot be measured on it.",
             "Give --data more text.",
         )
-    return activation_rates(source, tokens, specs)
+    return activation_rates(source, tokens, specs, place)
 
 
 def _loss_note(source: Checkpoint, out: Path, specs: tuple[str, ...]) -> str:
     """The held-out loss of both models, domain by domain; or why it was not measured, as the output stands anyway."""
     from moectl.checkpoint.source import Checkpoint
-    from moectl.evaluation.compare import load
     from moectl.evaluation.heldout import heldout_batches, heldout_loss
     from moectl.evaluation.memory import available_memory
     from moectl.layerwise.quiet import quiet
     from moectl.layerwise.tokenizer import encoder, load_tokenizer, separator
+    from moectl.layerwise.whole import load
 
     made = Checkpoint.open(str(out))
     if 4 * sum(math.prod(ref.shape) for ref in made.tensors.values()) > available_memory() // 2:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -135,6 +136,18 @@ def carry_out(plan: Plan, how: Writing, *, headline: str, against: Sequence[str]
         f"Next: {then or f'moectl verify {shlex.quote(str(out))}{compare}'}",
         quiet=quiet,
     )
+
+
+@contextmanager
+def statistics(out: Path, *, dry_run: bool) -> Iterator[Path]:
+    """Where statistics are kept: beside the output, or nowhere for longer than a dry run takes."""
+    from tempfile import TemporaryDirectory
+
+    if dry_run:
+        with TemporaryDirectory() as place:
+            yield Path(place)
+    else:
+        yield out.with_name(f"{out.name}.statistics")
 
 
 def whole_command(argv: list[str]) -> str:

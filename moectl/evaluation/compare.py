@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError
 from moectl.evaluation.memory import available_memory
 from moectl.layerwise.model import LayerwiseModel
 from moectl.layerwise.quiet import quiet
-from moectl.layerwise.skeleton import read_config, unusable
+from moectl.layerwise.skeleton import read_config
+from moectl.layerwise.whole import load
 from moectl.text import escape
 
 MIN_TOKENS = 64
@@ -146,29 +147,6 @@ def _layerwise_logits(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
     return LayerwiseModel.open(checkpoint).logits(ids)
 
 
-def load(checkpoint: Checkpoint, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
-    """The model in fp32, or `dtype` (auto is its own), as `from_pretrained` loads it; every key must find its place.
-
-    Raises:
-        InputError: transformers cannot load it, or a key is missing, unexpected or of another shape.
-    """
-    try:
-        auto = AutoModelForSeq2SeqLM if read_config(checkpoint).is_encoder_decoder else AutoModelForCausalLM
-        model, info = auto.from_pretrained(
-            checkpoint.path,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they come listed, to be refused with the others
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        raise unusable(checkpoint, "cannot be loaded by transformers", error) from error
-    _check_complete(checkpoint, info)
-    return model
-
-
 def _whole_logits(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
     model = load(checkpoint)
     with torch.no_grad():
@@ -176,21 +154,6 @@ def _whole_logits(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
         logits = model(input_ids=ids, use_cache=False, **decoder).logits
     checkpoint.check_unchanged()
     return logits
-
-
-def _check_complete(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
-    problems = []
-    for kind in ("missing", "unexpected", "mismatched"):
-        keys = sorted(key if isinstance(key, str) else key[0] for key in info[f"{kind}_keys"])
-        if keys:
-            shown = ", ".join(repr(escape(key)) for key in keys[:5])
-            problems.append(f"{kind} {shown}" + (f" and {len(keys) - 5} more" if len(keys) > 5 else ""))
-    if problems:
-        raise InputError(
-            f"{escape(checkpoint.name)} does not load completely: {'; '.join(problems)}.",
-            "Missing or mismatched weights would be random and unexpected ones ignored: another function.",
-            "Compare its tensors with its config.json (`moectl inspect`), or download or write it again.",
-        )
 
 
 def _finite_logits(run: Run, checkpoint: Checkpoint, ids: Tensor) -> Tensor:

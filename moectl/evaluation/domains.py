@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from moectl.bootstrap import Interval, interval, resampled_sums
 from moectl.data.documents import read_documents
 from moectl.errors import InputError, UsageError
-from moectl.evaluation.bootstrap import Interval, interval, resampled_sums
 from moectl.evaluation.ensemble import Weights, ensemble_log_probabilities
 from moectl.text import escape
 

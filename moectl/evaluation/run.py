@@ -5,23 +5,22 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 import torch
 
-from moectl.checkpoint.dtypes import TORCH_NAMES
 from moectl.checkpoint.source import Checkpoint
-from moectl.errors import InputError, MachineError, UsageError
-from moectl.evaluation.compare import load
+from moectl.errors import InputError, UsageError
 from moectl.evaluation.domains import Measured, Scores, check_members, ensemble, heldout_texts, measure
 from moectl.evaluation.harness import run_tasks
-from moectl.evaluation.scoring import log_probabilities
 from moectl.families.components import experts_and_top_k
+from moectl.integrations.implementation import set_experts
 from moectl.layerwise.quiet import quiet
+from moectl.layerwise.scoring import log_probabilities
 from moectl.layerwise.skeleton import read_config
 from moectl.layerwise.tokenizer import encoder, load_tokenizer, prefix
+from moectl.layerwise.whole import check_ids, device_named, dtype_named, load
 from moectl.text import escape, shown
 
 SEQUENCE_LENGTH = 1024
@@ -100,8 +99,8 @@ def run(settings: Settings, say: Callable[[str], None] = lambda _text: None) -> 
         InputError: a model or the data cannot be used.
         MachineError: no such device, the Hub cannot be reached, or the harness is not installed.
     """
-    device = _device(settings.device)
-    dtype = _dtype(settings.dtype, device)
+    device = device_named(settings.device)
+    dtype = dtype_named(settings.dtype, device)
     checkpoints = [Checkpoint.open(model, settings.revision) for model in settings.models]
     names = labels(settings.models)
     chosen = _members(settings, names, checkpoints)
@@ -171,7 +170,7 @@ def _members(settings: Settings, names: Sequence[str], checkpoints: Sequence[Che
 def _log_p(
     checkpoint: Checkpoint, model: Any, tokens: Mapping[str, list[list[int]]], prefix_id: int, length: int | None
 ) -> dict[str, list[np.ndarray]]:
-    _check_ids(checkpoint, model, tokens)
+    check_ids(checkpoint, model, (ids for documents in tokens.values() for ids in documents))
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or SEQUENCE_LENGTH
     if length is not None and length > positions:
         raise UsageError(
@@ -184,17 +183,6 @@ def _log_p(
         return {domain: log_probabilities(model, ids, prefix_id, window) for domain, ids in tokens.items()}
 
 
-def _check_ids(checkpoint: Checkpoint, model: Any, tokens: Mapping[str, list[list[int]]]) -> None:
-    largest = max((max(ids, default=0) for documents in tokens.values() for ids in documents), default=0)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if largest >= vocabulary:
-        raise InputError(
-            f"{escape(checkpoint.name)}: its tokenizer gives id {largest}, and its vocabulary has {vocabulary}.",
-            "The tokenizer is not the model's.",
-            "Put the right tokenizer files beside the weights.",
-        )
-
-
 def _loaded(checkpoint: Checkpoint, dtype: Any, device: torch.device, experts: str | None) -> Any:
     if read_config(checkpoint).is_encoder_decoder:
         raise InputError(
@@ -204,33 +192,6 @@ def _loaded(checkpoint: Checkpoint, dtype: Any, device: torch.device, experts: s
         )
     with quiet():
         model = load(checkpoint, dtype)
-    if experts is not None and experts_and_top_k(checkpoint.config)[0]:
-        if experts == "moectl":
-            import_module("moectl.integrations.transformers")
-        try:
-            with quiet():
-                model.set_experts_implementation(experts)
-        except (ValueError, KeyError, ImportError) as error:
-            raise UsageError(
-                f"--experts-implementation {shown(experts)} cannot run {escape(checkpoint.name)}.",
-                escape(str(error).splitlines()[0])[:300],
-                "Give eager, batched_mm, grouped_mm or moectl, or leave it out.",
-            ) from error
+        if experts is not None:
+            set_experts(model, experts, checkpoint.name)
     return model.to(device)
-
-
-def _device(name: str) -> torch.device:
-    if name not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"--device {shown(name)!r} is not known.", "", "Give auto, cpu or cuda.")
-    there = torch.cuda.is_available()
-    if name == "cuda" and not there:
-        raise MachineError("--device cuda: torch sees no CUDA device.", "", "Use --device cpu, or another machine.")
-    return torch.device("cuda" if there and name != "cpu" else "cpu")
-
-
-def _dtype(name: str, device: torch.device) -> Any:
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else "auto"
-    if name not in TORCH_NAMES:
-        raise UsageError(f"--dtype {shown(name)!r} is not known.", "", "Give auto, float32, bfloat16 or float16.")
-    return getattr(torch, name)

@@ -14,6 +14,7 @@ from moectl.report.svg import (
     colour,
     element,
     figure,
+    hint,
     line,
     log_scale,
     mark,
@@ -77,7 +78,7 @@ def bars(
             middle = y + row / 2
             body.append(text(left - 10, middle + 4, bar.series, anchor="end", size=11.5))
             width = max(1.0, scale(bar.value) - left)
-            shown = element("title", f"{label}, {bar.series}: {bar.note}")
+            shown = hint(f"{label}, {bar.series}: {bar.note}")
             body.append(
                 element("rect", shown, x=left, y=y + 3.0, width=width, height=row - 6.0, rx=2, fill=colour(place))
             )

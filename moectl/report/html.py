@@ -1,12 +1,18 @@
-"""Self-contained HTML pages: one file, no network, readable without scripts; the only script saves a figure as SVG."""
+"""Self-contained HTML pages: one file, no network, readable without scripts; the shared script saves figures as SVG.
+
+Only the scripts that a page was made with can run: the policy names them by their hash.
+"""
 
 from __future__ import annotations
 
 import re
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from html import escape
 from pathlib import Path
+from typing import Protocol
 
 from moectl.report.output import Cell, plain
 from moectl.text import escape as visible
@@ -41,20 +47,24 @@ dt { color: #50565c; } dd { margin: 0; }
 """
 
 SCRIPT = """
-for (const button of document.querySelectorAll('button[data-save]')) {
-  button.addEventListener('click', () => {
-    const drawing = button.closest('figure').querySelector('svg');
-    const text = new XMLSerializer().serializeToString(drawing);
-    const link = document.createElement('a');
-    link.href = URL.createObjectURL(new Blob([text], {type: 'image/svg+xml'}));
-    link.download = button.dataset.save;
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
-  });
-}
+document.addEventListener('click', event => {
+  const button = event.target.closest('button[data-save]');
+  if (!button) return;
+  const text = new XMLSerializer().serializeToString(button.closest('figure').querySelector('svg'));
+  const link = document.createElement('a');
+  link.href = URL.createObjectURL(new Blob([text], {type: 'image/svg+xml'}));
+  link.download = button.dataset.save;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+});
 """
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+class Part(Protocol):
+    """A piece of a page."""
+
+    def html(self) -> str:
+        """The piece, everything in it escaped."""
 
 
 @dataclass(frozen=True)
@@ -130,19 +140,19 @@ class Facts:
         )
 
 
-Part = Figure | Table | Heading | Paragraph | Facts
-
-
-def page(title: str, lead: str, parts: Sequence[Part]) -> str:
-    """A whole page; `title` says what was found, `lead` on what."""
+def page(title: str, lead: str, parts: Sequence[Part], *, style: str = "", script: str = "") -> str:
+    """A whole page; `title` says what was found, `lead` on what; `style` and `script` are added to the shared ones."""
+    script = SCRIPT + script
+    digest = b64encode(sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     body = "\n".join(part.html() for part in parts)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f"<title>{_text(title)}</title><style>{STYLE}</style></head>\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f"<title>{_text(title)}</title><style>{STYLE}{style}</style></head>\n"
         f'<body><main><h1>{_text(title)}</h1><p class="lead">{_text(lead)}</p>\n{body}\n</main>'
-        f"<script>{SCRIPT}</script></body></html>\n"
+        f"<script>{script}</script></body></html>\n"
     )
 
 

@@ -34,6 +34,11 @@ def text(x: float, y: float, content: str, *, size: float = 12, anchor: str = "s
     return element("text", escape(content), x=x, y=y, **attributes)
 
 
+def hint(words: str) -> str:
+    """What shows on hovering over the element that this is put into."""
+    return element("title", escape(words))
+
+
 def line(x1: float, y1: float, x2: float, y2: float, colour: str = GRID, **more: object) -> str:
     """A straight line."""
     return element("line", x1=x1, y1=y1, x2=x2, y2=y2, **{"stroke": colour, "stroke_width": 1, **more})
@@ -51,7 +56,7 @@ def mark(number: int, x: float, y: float, colour: str, label: str = "", radius: 
         element("polygon", points=diamond),
     )
     hollow = number // len(shapes) % 2 == 1
-    inside = shapes[number % len(shapes)] + (element("title", escape(label)) if label else "")
+    inside = shapes[number % len(shapes)] + (hint(label) if label else "")
     return element("g", inside, fill="#ffffff" if hollow else colour, stroke=colour, stroke_width=1.6)
 
 
@@ -105,7 +110,7 @@ def figure(width: float, height: float, title: str, description: str, *body: str
     """A whole SVG that a screen reader can read: `title` names it, `description` says what it shows."""
     return element(
         "svg",
-        element("title", escape(title)),
+        hint(title),
         element("desc", escape(description)),
         element("rect", width=width, height=height, fill="#ffffff"),
         *body,

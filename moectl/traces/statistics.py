@@ -154,8 +154,8 @@ def counted(index_TK: np.ndarray, block_T: np.ndarray, num_experts: int, num_blo
     return np.bincount(flat, minlength=num_blocks * num_experts).reshape(num_blocks, num_experts)
 
 
-def scored(point: Point, score_TE: np.ndarray) -> Scored:
-    """The sums of one point's scores [T, E].
+def probabilities(point: Point, score_TE: np.ndarray) -> np.ndarray:
+    """What a point's scores [T, E] make of each expert, float64 [T, E]: rows sum to 1, or to 0 where nothing is likely.
 
     Raises:
         InputError: a score is NaN or infinite.
@@ -168,22 +168,55 @@ def scored(point: Point, score_TE: np.ndarray) -> Scored:
             "What it chose means nothing.",
             "Check the model's weights, or run it in float32.",
         )
-    z = float("nan")
-    if point.score_kind == "logits":
-        largest_T1 = score_TE.max(1, keepdims=True)
-        log_sum_T1 = largest_T1 + np.log(np.exp(score_TE - largest_T1).sum(1, keepdims=True))
-        z = float((log_sum_T1**2).sum())
-        p_TE = np.exp(score_TE - log_sum_T1) if point.scoring == "softmax" else 1 / (1 + np.exp(-score_TE))
-    else:
+    if point.score_kind != "logits":
         p_TE = score_TE
-    p_TE = p_TE / p_TE.sum(1, keepdims=True).clip(1e-300)
+    elif point.scoring == "softmax":
+        p_TE = np.exp(score_TE - _log_sums(score_TE))
+    else:
+        p_TE = np.exp(-np.logaddexp(0, -score_TE))
+    return np.asarray(p_TE / p_TE.sum(1, keepdims=True).clip(1e-300))
+
+
+def margins(p_TE: np.ndarray, top_k: int) -> np.ndarray:
+    """By how much the last expert that is chosen leads the first that is not [T]; `top_k` below the experts' number."""
+    at = p_TE.shape[1] - top_k
+    ordered = np.partition(p_TE, (at - 1, at), axis=1)
+    return np.asarray(ordered[:, at] - ordered[:, at - 1])
+
+
+def require_weights(point: Point, weight_X: np.ndarray) -> None:
+    """Check combine weights, or sums of them.
+
+    Raises:
+        InputError: one is NaN or infinite.
+    """
+    if not np.isfinite(weight_X).all():
+        raise InputError(
+            f"{point.name}: the combine weights hold NaN or infinity.",
+            "What the experts' outputs were multiplied with means nothing.",
+            "Check the model's weights, or run it in float32.",
+        )
+
+
+def scored(point: Point, score_TE: np.ndarray) -> Scored:
+    """The sums of one point's scores [T, E].
+
+    Raises:
+        InputError: a score is NaN or infinite.
+    """
+    p_TE = probabilities(point, score_TE)
+    logits = point.score_kind == "logits"
+    z = float((_log_sums(np.asarray(score_TE, np.float64)) ** 2).sum()) if logits else float("nan")
     entropy = float(-(p_TE * np.log(p_TE.clip(1e-300))).sum())
     margin_M = np.zeros(len(MARGIN_EDGES) - 1, np.int64)
     if point.top_k < p_TE.shape[1]:
-        at = p_TE.shape[1] - point.top_k
-        ordered = np.partition(p_TE, (at - 1, at), axis=1)
-        margin_M = np.histogram(np.clip(ordered[:, at] - ordered[:, at - 1], 0, 1), MARGIN_EDGES)[0]
+        margin_M = np.histogram(np.clip(margins(p_TE, point.top_k), 0, 1), MARGIN_EDGES)[0]
     return Scored(len(p_TE), p_TE.sum(0), entropy, z, margin_M)
+
+
+def _log_sums(score_TE: np.ndarray) -> np.ndarray:
+    largest_T1 = score_TE.max(1, keepdims=True)
+    return np.asarray(largest_T1 + np.log(np.exp(score_TE - largest_T1).sum(1, keepdims=True)))
 
 
 def statistics_of(trace: RoutingTrace) -> RoutingStatistics:

@@ -67,8 +67,8 @@ def is_trace(path: Path) -> bool:
     return (path / DESCRIPTION).is_file()
 
 
-def save(recordings: Mapping[str, Recording], path: Path, *, overwrite: bool = False) -> None:
-    """Write recordings, by stream, to a new directory.
+def require_place(path: Path, *, overwrite: bool = False) -> None:
+    """Refuse a place that `save` would refuse.
 
     Raises:
         UsageError: there is something at `path`, and it is no trace or `overwrite` is not given.
@@ -79,6 +79,15 @@ def save(recordings: Mapping[str, Recording], path: Path, *, overwrite: bool = F
             "" if is_trace(path) else "It is no trace, so it is never removed.",
             "Give --overwrite to replace it, or another directory." if is_trace(path) else "Give another directory.",
         )
+
+
+def save(recordings: Mapping[str, Recording], path: Path, *, overwrite: bool = False) -> None:
+    """Write recordings, by stream, to a new directory.
+
+    Raises:
+        UsageError: there is something at `path`, and it is no trace or `overwrite` is not given.
+    """
+    require_place(path, overwrite=overwrite)
     partial = path.with_name(f"{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -116,7 +125,7 @@ def load(path: Path) -> dict[str, Recording]:
             stream: _recording(described, document["about"], path, stream)
             for stream, described in document["streams"].items()
         }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
         raise _damaged(path / DESCRIPTION, f"{type(error).__name__}: {error}") from error
@@ -211,7 +220,33 @@ def _recording(described: Mapping[str, Any], about: Mapping[str, Any], path: Pat
         tuple(loads),
         tuple(described["max_vio_batch"]),
     )
-    return Recording(statistics, RoutingTrace(tokens, routed, about), described["sampled"])
+    recording = Recording(statistics, RoutingTrace(tokens, routed, about), float(described["sampled"]))
+    counted = described["tokens"], described["tokens_counted"]
+    if counted != (len(tokens), statistics.tokens) or not _fits(recording):
+        raise ValueError(f"the parts of {stream} do not fit together")
+    return recording
+
+
+def _fits(recording: Recording) -> bool:
+    """Whether arrays that are read together have the shapes and numbers that they need of each other."""
+    statistics, tokens = recording.statistics, recording.trace.tokens
+    of_tokens = (tokens.document_T, tokens.position_T, tokens.phase_T, tokens.predicted_T)
+    blocks = statistics.domain_B.shape
+    shapes = [(array, tokens.token_T.shape) for array in of_tokens] + [(statistics.tokens_B, blocks)]
+    for routed, counts in zip(recording.trace.layers, statistics.loads, strict=True):
+        per_block = (*blocks, routed.point.num_experts)
+        shapes += [(array, per_block) for array in (counts.count_BE, counts.first_BE, counts.weight_BE)]
+        shapes += [(routed.weight_TK, routed.index_TK.shape)]
+        shapes += [(routed.score_TE, (len(tokens), routed.point.num_experts))]
+    numbers = (
+        (tokens.document_T, len(tokens.domain_N)),
+        (tokens.domain_N, len(tokens.domains)),
+        (statistics.domain_B, len(statistics.domains)),
+    )
+    return all(array is None or array.shape == shape for array, shape in shapes) and all(
+        (array.dtype.kind == "i" and 0 <= array.min(initial=0) <= array.max(initial=-1) < limit) or not array.size
+        for array, limit in numbers
+    )
 
 
 def _arrays(file: Path) -> dict[str, np.ndarray]:

@@ -90,7 +90,8 @@ class Tokens:
     def follows_T(self) -> np.ndarray:
         """Whether each token comes directly after the one before it, in the same document [T]."""
         follows = np.zeros(len(self), bool)
-        follows[1:] = (np.diff(self.document_T) == 0) & (np.diff(self.position_T) == 1)
+        known = self.position_T[:-1] >= 0
+        follows[1:] = (np.diff(self.document_T) == 0) & (np.diff(self.position_T) == 1) & known
         return follows
 
     def where(self, mask_T: np.ndarray) -> Tokens:

@@ -256,7 +256,7 @@ def _lora_tensors(base: Base, recipe: PescRecipe, ffns: set[str]) -> list[Output
 def _card(base: Base, recipe: PescRecipe) -> str:
     name = escape(base.name)
     front = [f"base_model: {name}"] if base.commit else []
-    lora = f", with LoRA of rank {recipe.lora_rank}" if recipe.lora_rank else ""
+    lora = f"and LoRA of rank {recipe.lora_rank} on all linear layers " if recipe.lora_rank else ""
     return "\n".join(
         [
             "---",
@@ -267,10 +267,9 @@ def _card(base: Base, recipe: PescRecipe) -> str:
             "",
             f"# PESC adapter for {name}",
             "",
-            f"{recipe.experts} adapters of width {recipe.adapter_dim} behind each FFN, {recipe.top_k} active per token"
-            f"{lora}",
-            "([arXiv 2401.02731](https://arxiv.org/abs/2401.02731)). Untrained, it leaves the model as it is, bit for",
-            "bit: the last matrices are zero.",
+            f"{recipe.experts} adapters of width {recipe.adapter_dim} behind each FFN, {recipe.top_k} active per token",
+            f"{lora}([arXiv 2401.02731](https://arxiv.org/abs/2401.02731)).",
+            "Untrained, it leaves the model as it is, bit for bit: the last matrices are zero.",
             "",
             "```python",
             "import moectl.integrations.pesc",

@@ -12,6 +12,7 @@ A plan lists the neurons of every expert, so weights and statistics are read to 
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from moectl.checkpoint.expressions import (
     Literal,
     RowMean,
     Scale,
+    substituted,
 )
 from moectl.checkpoint.plan import Plan, planned
 from moectl.checkpoint.source import Checkpoint
@@ -36,6 +38,7 @@ from moectl.families.shapes import check_tensors
 from moectl.families.spec import Config, Ffn, MoeFamily, Pair, PlainMlp
 from moectl.upcycle.block import MoeLayer, check_experts
 from moectl.upcycle.experts import scale_factors, scaled
+from moectl.upcycle.kept import identity, kept
 from moectl.upcycle.planning import facts_of, tensors_of
 from moectl.upcycle.recipe import chosen_layers
 from moectl.upcycle.shared import SILENT_WIDTH
@@ -48,13 +51,20 @@ ANALYTIC_SCALE = 2.0**-6
 """What mean gate rows are multiplied by: the order of scores stays, and chosen weights differ by a few per cent."""
 
 
-def plan_split(source: Checkpoint, recipe: SplitRecipe, rates: ActivationRates | None = None) -> Plan:
+def plan_split(
+    source: Checkpoint,
+    recipe: SplitRecipe,
+    rates: ActivationRates | None = None,
+    directory: Path | None = None,
+) -> Plan:
     """The plan of a MoE checkpoint whose experts are the parts of a dense one's FFNs.
 
     Reads the gate (and up) matrices, a layer at a time, for k-means, and no weights for random.
 
     Args:
         rates: of the layers to be split, from `activation_rates`; needed for shared experts.
+        directory: where k-means' result is kept, as layers.{layer}.expert [F], int32, the number of the expert that
+            each neuron goes to, -1 for a shared one; what is there is taken, and no weights are read.
 
     Raises:
         UsageError: the recipe is impossible, or the pair of families is unknown or cannot hold it.
@@ -88,9 +98,34 @@ def plan_split(source: Checkpoint, recipe: SplitRecipe, rates: ActivationRates |
     }
     moe_config = configs.translated(pair, config, moe, fields, None if recipe.dtype == "auto" else recipe.dtype)
 
+    mlp = dense.mlp
+    assert not isinstance(mlp, PlainMlp)
+
+    def assigned() -> dict[str, np.ndarray]:
+        found = {}
+        for layer in layers:
+            whole = mlp.ffn(layer, config["intermediate_size"])
+            parts = (substituted(part, weights.tensors) for part in whole.parts)
+            rate_F = None if rates is None else rates.rates[layer]
+            found[_name(layer)] = _assignment(
+                source, Ffn(*parts), config["intermediate_size"], recipe, f"layers.{layer}", rate_F
+            )
+        return found
+
+    if directory is None or recipe.grouping == "random":
+        expert_of = assigned()
+    else:
+        decides = {
+            **identity(source),
+            "layers": list(layers),
+            "how": [recipe.grouping, recipe.experts, recipe.shared, recipe.seed],
+            "rates": None if rates is None else rates.to_json(),
+        }
+        file = kept(directory, "neurons", decides, assigned)
+        expert_of = {name: file.read(name) for name in file.tensors}
+
     def block(layer: int, ffn: Ffn) -> MoeLayer:
-        rate_F = None if rates is None else rates.rates[layer]
-        shared, parts = _parts(source, ffn, config["intermediate_size"], recipe, f"layers.{layer}", rate_F)
+        shared, *parts = _parts(expert_of[_name(layer)], recipe.routed)
         return _block(layer, ffn, shared, parts, moe, config, recipe)
 
     tensors = tuple(tensors_of(source, weights, pair, names, config, layers, recipe.dtype, block))
@@ -146,19 +181,29 @@ def split_pair(source: Checkpoint, recipe: SplitRecipe) -> Pair:
     return pair
 
 
-def _parts(
+def _name(layer: int) -> str:
+    return f"layers.{layer}.expert"
+
+
+def _parts(expert_F: np.ndarray, experts: int) -> list[tuple[int, ...]]:
+    """The shared neurons, then those of each routed expert: together every neuron once, in ascending order in each."""
+    return [tuple(np.flatnonzero(expert_F == expert).tolist()) for expert in range(-1, experts)]
+
+
+def _assignment(
     source: Checkpoint, ffn: Ffn, size: int, recipe: SplitRecipe, key: str, rate_F: np.ndarray | None
-) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
-    """The shared neurons, and those of each routed expert: together every neuron once, in ascending order in each."""
+) -> np.ndarray:
+    """The number of the routed expert that each neuron goes to [F], int32; -1 for a shared one."""
     count = recipe.shared * (size // recipe.experts)
     order = np.arange(size) if rate_F is None else np.argsort(-rate_F, kind="stable")
-    shared, rest = np.sort(order[:count]), np.sort(order[count:])
+    rest = np.sort(order[count:])
     features_ND = None
     if recipe.grouping != "random":
         rows = ffn.gate if recipe.grouping == "kmeans-gate" else Concat((ffn.gate, ffn.up), 1)
         features_ND = _computed(rows, source)[rest]
-    labels = clusters(recipe.grouping, features_ND, rest, recipe.routed, recipe.seed, f"{key}.neurons")
-    return _numbers(shared), [_numbers(rest[labels == part]) for part in range(recipe.routed)]
+    expert_F = np.full(size, -1, np.int32)
+    expert_F[rest] = clusters(recipe.grouping, features_ND, rest, recipe.routed, recipe.seed, f"{key}.neurons")
+    return expert_F
 
 
 def _block(
@@ -223,10 +268,6 @@ def _part_width(intermediate_size: int, recipe: SplitRecipe) -> int:
             "Choose a number that divides it.",
         )
     return intermediate_size // recipe.experts
-
-
-def _numbers(neurons: np.ndarray) -> tuple[int, ...]:
-    return tuple(neurons.tolist())
 
 
 def _computed(x: Expression, source: Checkpoint) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from moectl.checkpoint.source import Checkpoint
 from moectl.families.registry import DENSE
 from moectl.layerwise.model import LayerCall, LayerwiseModel
+from moectl.upcycle.kept import identity, kept
 
 ACTIVE_SHARE = 0.1
 """A neuron is active on a token when its activation is among this share of the token's largest in magnitude.
@@ -41,12 +43,33 @@ class ActivationRates:
         return {"tokens": self.tokens, "data": list(self.data), "sha256": digest.hexdigest()}
 
 
-def activation_rates(source: Checkpoint, token_BL: np.ndarray, data: Sequence[str]) -> ActivationRates:
+def activation_rates(
+    source: Checkpoint, token_BL: np.ndarray, data: Sequence[str], directory: Path | None = None
+) -> ActivationRates:
     """Run a dense model over token ids [B, L] and count where `act(gate(x)) * up(x)` is large.
+
+    Args:
+        directory: where they are kept, as layers.{layer}.active [F], float64, and taken from if they are there.
 
     Raises:
         InputError: the model cannot be run one layer at a time.
     """
+    if directory is None:
+        return ActivationRates(_measured(source, token_BL), token_BL.size, tuple(data))
+    tokens = hashlib.sha256(token_BL.astype("<i8").tobytes()).hexdigest()
+    decides = {**identity(source), "tokens": [list(token_BL.shape), tokens], "share": ACTIVE_SHARE}
+    file = kept(
+        directory, "activations", decides, lambda: {_name(x): y for x, y in _measured(source, token_BL).items()}
+    )
+    rates = {layer: file.read(_name(layer)) for layer in range(len(file.tensors))}
+    return ActivationRates(rates, token_BL.size, tuple(data))
+
+
+def _name(layer: int) -> str:
+    return f"layers.{layer}.active"
+
+
+def _measured(source: Checkpoint, token_BL: np.ndarray) -> dict[int, np.ndarray]:
     down = DENSE[source.model_type].mlp.down
     name = down.partition("{layer}.")[2].removesuffix(".weight")
     rates: dict[int, np.ndarray] = {}
@@ -62,7 +85,7 @@ def activation_rates(source: Checkpoint, token_BL: np.ndarray, data: Sequence[st
             hook.remove()
 
     LayerwiseModel.open(source).run(torch.from_numpy(token_BL), count)
-    return ActivationRates(rates, token_BL.size, tuple(data))
+    return rates
 
 
 def _rates(activation_TF: Tensor) -> np.ndarray:

@@ -12,10 +12,8 @@ plan's fingerprint. Legend: T tokens of all texts, H hidden, E experts, L longes
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -24,8 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moectl.checkpoint.fs import FileSystem
-from moectl.checkpoint.plan import source_identity
 from moectl.checkpoint.source import Checkpoint
 from moectl.data.documents import read_documents
 from moectl.errors import InputError, UsageError
@@ -33,6 +29,7 @@ from moectl.families.registry import DENSE
 from moectl.families.spec import FusedMlp, GatedMlp
 from moectl.text import escape, shown
 from moectl.upcycle.btx_recipe import BtxRecipe, Expert
+from moectl.upcycle.kept import identity, kept
 
 if TYPE_CHECKING:
     import torch
@@ -94,15 +91,13 @@ def router_statistics(
             "Their router rows would be the same, and the router would choose by rounding.",
             "Give each expert texts of its own, or --router-init random.",
         )
-    key = _key(base, texts, recipe, layers, gate is not None)
-    path = directory / f"router-{key[:16]}.safetensors"
-    if not path.exists():
+
+    def compute() -> dict[str, np.ndarray]:
         look = _embeddings if recipe.router_init == "embedding" else _router_inputs
-        arrays = _rows(
-            partial(look, base, _encoded(base, texts, recipe.router_tokens), layers), layers, len(experts), recipe
-        )
-        _write(path, arrays)
-    return Checkpoint.of_file(path)
+        rows = _encoded(base, texts, recipe.router_tokens)
+        return _rows(partial(look, base, rows, layers), layers, len(experts), recipe)
+
+    return kept(directory, "router", _decides(base, texts, recipe, layers, gate is not None), compute)
 
 
 def _rows(
@@ -269,28 +264,12 @@ def _ffn_module(base: Checkpoint) -> str:
     return name.partition("{layer}.")[2].partition(".")[0]
 
 
-def _key(base: Checkpoint, texts: Sequence[Texts], recipe: BtxRecipe, layers: Sequence[int], gate: bool) -> str:
-    """A hash of everything the rows follow from; of the weights, what shows that a file was changed."""
-    side_files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in base.side_files()}
-    decides: dict[str, Any] = {
-        "base": source_identity(base),
-        "stats": {name: size if base.commit else (size, mtime) for name, (size, mtime) in base.stats.items()},
-        "tokenizer": side_files,
+def _decides(base: Checkpoint, texts: Sequence[Texts], recipe: BtxRecipe, layers: Sequence[int], gate: bool) -> Any:
+    """Everything the rows follow from."""
+    return {
+        **identity(base),
+        "tokenizer": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in base.side_files()},
         "texts": [[list(each.positive), list(each.negative)] for each in texts],
         "layers": list(layers),
         "how": [recipe.router_init, recipe.router_tokens, recipe.router_logit_std, MAX_TOKENS, gate],
     }
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-
-
-def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write the file so that it is absent or whole; of two processes the first one's stays."""
-    from safetensors.numpy import save
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_name(f".{path.name}.{os.getpid()}")
-    work.write_bytes(save(dict(arrays), metadata={"format": "moectl.statistics/1"}))
-    try:
-        FileSystem().rename_new(work, path)
-    except FileExistsError:
-        work.unlink()

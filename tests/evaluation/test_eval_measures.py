@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moectl.bootstrap import interval, resampled_sums
 from moectl.errors import InputError, UsageError
-from moectl.evaluation.bootstrap import interval, resampled_sums
+from moectl.evaluation import gate
 from moectl.evaluation.domains import Scores, ensemble, heldout_texts, measure
-from moectl.evaluation.gate import parse_condition
 from moectl.evaluation.run import labels
 
 TEXTS = {"latin": ["héé", "ab"], "greek": ["λόγος"]}  # 5 + 2 bytes, 10 bytes
@@ -104,19 +104,19 @@ def test_a_loss_that_is_no_number_is_refused() -> None:
     ],
 )
 def test_conditions_fail_the_models_they_are_true_of(condition: str, failing: list[str]) -> None:
-    lines = parse_condition(condition).failures(["a", "b"], measure([A, B], TEXTS))
+    lines = gate.failures(gate.parse(condition), ["a", "b"], measure([A, B], TEXTS))
     assert [line.partition(":")[0] for line in lines] == failing
 
 
 @pytest.mark.parametrize("condition", ["", "loss", "loss>", "loss>x", "speed>1", "loss=1", "loss>1>2", "loss>--1"])
 def test_what_is_no_condition_is_refused(condition: str) -> None:
     with pytest.raises(UsageError, match="is no condition"):
-        parse_condition(condition)
+        gate.parse(condition)
 
 
 def test_a_condition_on_a_domain_that_is_not_there_is_refused() -> None:
     with pytest.raises(UsageError, match="names the domain 'dutch'"):
-        parse_condition("dutch.loss>1").failures(["a"], measure([A], TEXTS))
+        gate.failures(gate.parse("dutch.loss>1"), ["a"], measure([A], TEXTS))
 
 
 def test_texts_stop_near_the_limit_and_are_the_same_for_every_model() -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from moectl.evaluation.ensemble import ensemble_log_probabilities
-from moectl.evaluation.scoring import log_probabilities
 from moectl.families.tiny import tiny_model
+from moectl.layerwise.scoring import log_probabilities
 
 PREFIX = 2
 DOCUMENTS = [np.random.default_rng(size).integers(0, 128, size).tolist() for size in (1, 7, 19, 16, 0, 33, 8)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ from moectl.errors import InputError, UsageError
 from moectl.evaluation.compare import load
 from moectl.evaluation.heldout import heldout_batches, heldout_loss
 from moectl.families.tiny import tiny_model
+from moectl.upcycle import split as split_module
+from moectl.upcycle import split_statistics
 from moectl.upcycle.split import plan_split
 from moectl.upcycle.split_assign import METHODS, balanced_assignment, clusters
 from moectl.upcycle.split_recipe import SplitRecipe
@@ -198,6 +202,43 @@ def test_shared_neurons_are_the_most_active_and_statistics_enter_the_fingerprint
     again = activation_rates(source, TOKENS[:, ::-1].copy(), ["random"])
     assert plan_split(source, recipe, again).fingerprint != plan.fingerprint
     assert plan.recipe["statistics"]["tokens"] == TOKENS.size
+
+
+def test_statistics_are_kept_and_plan_the_same_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model("qwen2").save_pretrained(tmp_path / "dense")
+    source, place = Checkpoint.open(tmp_path / "dense"), tmp_path / "statistics"
+    recipe = SplitRecipe(experts=4, shared=1, top_k=1)
+
+    def plan(seed: int = 0, tokens: np.ndarray = TOKENS, where: Path | None = place) -> Plan:
+        rates = activation_rates(source, tokens, ["random"], where)
+        return plan_split(source, replace(recipe, seed=seed), rates, where)
+
+    first = plan()
+    assert first.fingerprint == plan(where=None).fingerprint
+    files = {path.name.partition("-")[0]: Checkpoint.of_file(path) for path in place.iterdir()}
+    assert set(files) == {"activations", "neurons"}
+    for layer in range(3):
+        expert_F = files["neurons"].read(f"layers.{layer}.expert")
+        moe = f"layers.{layer}.mlp."
+        planned = neurons(first, f"{moe}shared_expert.gate_proj", 0), neurons(first, f"{moe}experts.", 0)
+        kept = [tuple(np.flatnonzero(expert_F == expert)) for expert in range(-1, 3)]
+        assert kept == list(dict.fromkeys([*planned[0], *planned[1]]))
+
+    def never(*_: Any) -> None:
+        raise AssertionError("it was measured again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(split_module, "clusters", never)
+        patch.setattr(split_statistics, "_measured", never)
+        assert plan().fingerprint == first.fingerprint
+        for other in ({"seed": 1}, {"tokens": TOKENS[:, ::-1].copy()}):
+            with pytest.raises(AssertionError, match="measured again"):
+                plan(**other)
+    weights = tmp_path / "dense" / "model.safetensors"
+    os.utime(weights, ns=(0, 0))
+    source = Checkpoint.open(tmp_path / "dense")
+    plan()
+    assert len(list(place.iterdir())) == 4, "changed weights have statistics of their own"
 
 
 def test_analytic_router_rows_are_mean_gate_rows(tmp_path: Path) -> None:

@@ -85,6 +85,11 @@ class PescModel(BaseTuner):
             target = layer
         target.update_layer(adapter_name, peft_config)
 
+    @property
+    def routings(self) -> list[Routing]:
+        """What each layer's router did in the last forward pass, in order."""
+        return self._routings
+
     def aux_losses(self) -> list[Tensor]:
         """The load-balancing loss of every layer in the last forward pass, in order, unweighted: 1 is even use.
 

@@ -1,0 +1,255 @@
+"""`moectl analyze-routing`: how a Mixture-of-Experts model routes, and what it means."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moectl.cli import options
+from moectl.errors import CheckFailed, UsageError
+
+if TYPE_CHECKING:
+    from moectl.routing.ingest.formats import Facts
+    from moectl.routing.report import Report
+    from moectl.routing.run import Settings
+    from moectl.routing.study import Study
+
+
+def analyze_routing(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL_OR_TRACE",
+            help="Directory, Hub id or hf://org/name@rev; or a trace, of --trace or of another engine.",
+        ),
+    ],
+    other: Annotated[
+        str | None,
+        typer.Argument(metavar="[OTHER]", help="A second one to compare with, on the same tokens.", show_default=False),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text: a file, a directory, a Hub dataset; built-in text when left out. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write a self-contained page.", show_default=False)
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Also keep who went where, of whole documents.", show_default=False),
+    ] = None,
+    trace_size: Annotated[str, typer.Option(metavar="SIZE", help="The most that is kept, as 500MB.")] = "256MiB",
+    mask: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="EXPERTS",
+            help="Measure the loss without them too: kept:1, removed:2, or 3:17,5:4-7 (layer:experts). Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CONDITION",
+            help="Exit with 5 if true of a layer: 'max_vio>2', '3.effective<4', 'unseen>0'.",
+            show_default=False,
+        ),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to read.")] = 65536,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Tokens a model sees at once; 1024, or what it can take, when left out.", show_default=False
+        ),
+    ] = None,
+    generate: Annotated[int, typer.Option(min=0, help="Tokens to generate after each document, recorded too.")] = 0,
+    layerwise: Annotated[
+        bool, typer.Option("--layerwise", help="One layer in memory at a time, for models larger than it.")
+    ] = False,
+    format: Annotated[
+        str | None,
+        typer.Option(help="The kind of trace, where it cannot be told from its content.", show_default=False),
+    ] = None,
+    num_experts: Annotated[
+        int | None, typer.Option(min=1, help="Experts per layer, of a trace that does not say.", show_default=False)
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Experts per token, of a trace that does not say.", show_default=False)
+    ] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Layers, dense ones too, of a flat trace that does not say.", show_default=False),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Whose tokenizer makes words of a trace's token ids.", show_default=False),
+    ] = None,
+    olmoe_compat: Annotated[
+        bool, typer.Option("--olmoe-compat", help="Count pairs of adjacent ranks only, as OLMoE's released code does.")
+    ] = False,
+    fixed_order: Annotated[
+        bool, typer.Option("--fixed-order", help="Experts by number, not by load, in the heat strip.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto (float32 on a CPU, else as stored), float32, bfloat16 or float16.")
+    ] = "auto",
+    experts_implementation: Annotated[
+        str | None,
+        typer.Option(help="How experts run: eager, batched_mm, grouped_mm or moectl.", show_default=False),
+    ] = None,
+    seed: options.Seed = 0,
+    revision: options.Revision = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the trace in DIR.")] = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Record which experts every token goes to, and say what it means: balance, domains, words, locality, each beside
+    what chance gives.
+
+    The table has a row per layer; the verdict and what stands out go to stderr. With OTHER, both read the same text and
+    are compared token by token.
+    """
+    from moectl.report import output
+    from moectl.routing import gate
+    from moectl.routing.ingest.formats import Facts
+    from moectl.routing.masks import parse
+    from moectl.routing.report import report
+    from moectl.routing.run import Settings
+    from moectl.routing.study import BUILTIN, is_model
+
+    conditions = [gate.parse(text) for text in fail_on or ()]
+    masks = [parse(text) for text in mask or ()]
+    models = [source for source in (model, other) if source is not None and format is None and is_model(source)]
+    if not models and (data or masks or generate or layerwise):
+        raise UsageError(
+            f"{model} is a trace, and --data, --mask, --generate and --layerwise are about running a model.",
+            "",
+            "Leave them out, or give the model.",
+        )
+    if models and data is None:
+        output.note(f"Without --data the text is {', '.join(BUILTIN)}.", quiet=quiet)
+    _require_place(trace, overwrite)
+    settings = Settings(
+        max_tokens=max_tokens,
+        sequence_length=seq_len,
+        trace_bytes=output.parse_size(trace_size),
+        generate=generate,
+        layerwise=layerwise,
+        device=device,
+        dtype=dtype,
+        experts_implementation=experts_implementation,
+        seed=seed,
+    )
+    say: Callable[[str], None] = lambda text: output.note(text, quiet=quiet)  # noqa: E731
+    texts = tuple(data or BUILTIN)
+    facts = Facts(num_experts, top_k, layers)
+    studies = _studies([model, *([other] if other else [])], texts, settings, format, facts, revision, say, quiet)
+    if not studies:
+        return
+    found = report(studies, texts, settings, masks=masks, adjacent=olmoe_compat, say=say)
+    files = _keep(found, studies, html, trace, tokenizer, overwrite)
+    _show(found, files, json=json, quiet=quiet, by_number=fixed_order)
+    failed = [line for condition in conditions for line in gate.failures(condition, found.rows)]
+    if failed:
+        shown = "; ".join(failed[:5]) + (f"; and {len(failed) - 5} more" if len(failed) > 5 else "")
+        raise CheckFailed(f"{shown}.", "--fail-on says so.", "Look at the table, or change the condition.")
+
+
+def _studies(
+    sources: list[str],
+    data: tuple[str, ...],
+    settings: Settings,
+    format: str | None,
+    facts: Facts,
+    revision: str | None,
+    say: Callable[[str], None],
+    quiet: bool,
+) -> list[Study]:
+    """What is looked at; none in the processes of torchrun that are not the first."""
+    from moectl.report import output
+    from moectl.routing.study import is_model, open_study
+
+    found = []
+    for source in sources:
+        run = format is None and is_model(source)
+        with output.progress("reading", settings.max_tokens, quiet=quiet or not run, unit="tokens") as advance:
+            study = open_study(
+                source,
+                data,
+                settings,
+                format=format,
+                facts=facts,
+                revision=revision,
+                say=say,
+                advance=advance,
+            )
+        if study is not None:
+            found.append(study)
+    return found
+
+
+def _require_place(trace: Path | None, overwrite: bool) -> None:
+    """Refuse a directory that could not be written after all the work."""
+    from moectl.traces.store import require_place
+
+    if trace is not None:
+        require_place(trace, overwrite=overwrite)
+
+
+def _keep(
+    found: Report, studies: list[Study], html: Path | None, trace: Path | None, tokenizer: str | None, overwrite: bool
+) -> list[Path]:
+    """Write what was asked for."""
+    from moectl.report import html as pages
+    from moectl.routing.page.render import render
+    from moectl.routing.study import speller
+    from moectl.traces.store import save
+
+    if trace is not None:
+        save(studies[0].recordings, trace, overwrite=overwrite)
+    if html is not None:
+        pages.write(html, render(found, speller(studies[0], tokenizer), command=_command()))
+    return [path for path in (trace, html) if path is not None]
+
+
+def _show(found: Report, files: list[Path], *, json: bool, quiet: bool, by_number: bool) -> None:
+    """The result on stdout, words and pictures on stderr."""
+    import shutil
+
+    from moectl.report import output
+    from moectl.routing import terminal
+    from moectl.routing.report import SCHEMA
+
+    width = max(40, min(shutil.get_terminal_size().columns, 140))
+    if json:
+        document: dict[str, Any] = {"command": _command(), "files": [str(path) for path in files], **found.to_json()}
+        output.emit_json(SCHEMA, document)
+    elif sys.stdout.isatty():
+        output.emit_table(*terminal.table(found.analysis, sys.stdout.encoding), terminal.TITLE)
+    else:
+        output.emit_table(*terminal.full(found.analysis))
+    sys.stdout.flush()
+    for warning in found.warnings:
+        output.warn(warning)
+    if quiet:
+        return
+    terminal.print_strip(found.analysis, sys.stderr, width, by_number=by_number)
+    for line in terminal.words(found, width):
+        output.note(line)
+    for path in files:
+        output.note(f"Written: {path}")
+    output.note(f"Again: {_command()}")
+
+
+def _command() -> str:
+    import shlex
+
+    return shlex.join(["moectl", *sys.argv[1:]])

@@ -1,0 +1,166 @@
+"""The verdict on routing whose character is known, and that no number is left without its null."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import synthetic
+from hypothesis import given, settings
+from hypothesis import strategies as some
+
+from moectl.report.output import json_text
+from moectl.routing import terminal
+from moectl.routing.analysis import MEASURES, Analysis, analyse, compared, fair_max_vio, to_json
+from moectl.routing.judge import flags
+from moectl.routing.page.render import render
+from moectl.routing.report import Report
+from moectl.routing.surprises import surprises
+from moectl.routing.verdict import Card, verdict
+from moectl.traces.statistics import RoutingStatistics, statistics_of
+from moectl.traces.store import Recording
+from moectl.traces.trace import RoutingTrace
+
+
+def analysed(trace: RoutingTrace, sampled: float = 1.0) -> Analysis:
+    return analyse("made", {"decoder": synthetic.recording(trace, sampled)})
+
+
+def cards(analysis: Analysis) -> dict[str, Card]:
+    return {card.topic: card for card in verdict(analysis)}
+
+
+def flagged(analysis: Analysis, word: str) -> list[int]:
+    stream = analysis.streams[0]
+    return [n for n in range(len(stream.points)) if any(word in flag for flag in flags(stream, n))]
+
+
+def test_fair_routing_is_balanced_and_nothing_stands_out() -> None:
+    found = analysed(synthetic.trace(synthetic.tokens(60, 64)))
+    told = cards(found)
+    assert told["Balance"].level == "good" and told["Balance"].headline.startswith("Balanced")
+    assert [told[topic].level for topic in ("Domains", "Words", "Locality")] == ["none"] * 3
+    assert told["How sure"].level == "good"
+    assert not surprises(found) and not any(flags(found.streams[0], n) for n in range(4))
+
+
+@pytest.mark.parametrize(("layer", "experts", "top_k"), [(0, 8, 2), (3, 8, 1), (2, 64, 8)])
+def test_a_collapsed_layer_is_named_though_the_pooled_loss_hides_it(layer: int, experts: int, top_k: int) -> None:
+    found = analysed(synthetic.trace(experts=experts, top_k=top_k, collapsed=[layer]))
+    balance = cards(found)["Balance"]
+    assert balance.level == "poor" and balance.headline.startswith(f"Layer {layer} is collapsed onto {top_k}.0 of ")
+    assert flagged(found, "collapsed") == [layer]
+    rows = found.streams[0].rows
+    assert rows[layer]["aux"] == pytest.approx(experts, rel=1e-3) and rows[layer]["max_vio"] == experts / top_k - 1
+    assert f"Balancing loss {experts}" in balance.detail
+    assert all(surprise.kind != "unseen" for surprise in surprises(found)), "the collapse says it already"
+
+
+def test_two_collapsed_layers_in_one_sentence() -> None:
+    headline = cards(analysed(synthetic.trace(collapsed=[1, 2])))["Balance"].headline
+    assert headline.startswith("Layers 1-2 are collapsed")
+
+
+def test_an_expert_that_is_missing_is_named_with_its_chance() -> None:
+    found = analysed(synthetic.trace(unseen={1: [3]}))
+    balance = cards(found)["Balance"]
+    assert balance.level == "fair" and balance.headline.endswith("1 expert was not seen")
+    assert "3 of layer 1; chance of that if fair: below 1e-12" in balance.detail
+    (first, *_) = surprises(found)
+    assert (first.kind, first.layer, first.expert) == ("unseen", "1", 3)
+
+
+def test_few_tokens_are_no_evidence() -> None:
+    found = analysed(synthetic.trace(synthetic.tokens(3, 2), experts=64, top_k=8))
+    assert len(found.streams[0].balance[0].unseen) > 0
+    assert cards(found)["Balance"].level == "none" and "Too few" in cards(found)["Balance"].headline
+    assert cards(found)["How sure"].level == "fair" and not flagged(found, "unseen")
+
+
+def test_domains_words_and_neighbours_are_seen_where_they_are() -> None:
+    assert flagged(analysed(synthetic.trace(by_domain=2.0)), "domains") == [0, 1, 2, 3]
+    assert "layers 0-3" in cards(analysed(synthetic.trace(by_domain=2.0)))["Domains"].headline
+    assert flagged(analysed(synthetic.trace(by_word=5.0)), "words") == [0, 1, 2, 3]
+    assert flagged(analysed(synthetic.trace(sticky=2.0)), "repeats") == [0, 1, 2, 3]
+    top = surprises(analysed(synthetic.trace(by_domain=2.0)))[0]
+    assert top.kind == "domain" and top.look.startswith("--mask ") and top.null < top.number
+
+
+def test_one_domain_is_not_compared_with_itself() -> None:
+    found = analysed(synthetic.trace(synthetic.tokens(domains=("all",))))
+    assert "Domains" not in cards(found) and found.streams[0].separation is None
+
+
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(30, 8, 2), (300, 64, 8), (800, 16, 1)])
+def test_the_null_of_balance_is_what_a_fair_lot_gives(tokens: int, experts: int, top_k: int) -> None:
+    generator = np.random.default_rng(5)
+    drawn = []
+    for _ in range(100):
+        chosen = np.concatenate([generator.permutation(experts)[:top_k] for _ in range(tokens)])
+        drawn.append(np.bincount(chosen, minlength=experts).max() / (tokens * top_k / experts) - 1)
+    assert fair_max_vio(tokens, experts, top_k) == pytest.approx(np.mean(drawn), rel=0.15)
+    assert fair_max_vio(tokens, experts, experts) == 0
+
+
+def test_json_has_every_number_and_no_matrix() -> None:
+    found = analysed(synthetic.trace(by_domain=1.0, collapsed=[1]))
+    text = json_text("s", to_json(found))
+    document = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    stream = document["streams"]["decoder"]
+    assert set(stream["layers"][0]) >= set(MEASURES) - {"max_vio_batch"}
+    assert len(stream["vocabulary"]["input"]) == 4 and stream["paths"]["distinct"] > 1
+    assert "together_EE" not in text and "count_EE" not in text
+
+
+def test_two_traces_of_the_same_tokens_are_compared() -> None:
+    one, same = analysed(synthetic.trace()), analysed(synthetic.trace())
+    other = analysed(synthetic.trace(seed=9))
+    assert compared(one, same)["decoder"].tokens == 0
+    assert compared(one, other)["decoder"].tokens > 0.9
+
+
+def test_counts_without_a_trace_still_have_a_verdict() -> None:
+    """SGLang's `stat` recordings: what needs tokens is left out, and said."""
+    whole = synthetic.trace(collapsed=[1])
+    empty = whole.where(np.zeros(len(whole), bool))
+    about = {"off": {"flow": "there are no tokens"}, "warnings": ["It has no tokens."]}
+    found = analyse(
+        "stat", {"decoder": Recording(statistics_of(whole), RoutingTrace(empty.tokens, empty.layers, about))}
+    )
+    assert cards(found)["Balance"].level == "poor" and "flow" in cards(found)["How sure"].detail
+    assert found.streams[0].repetition == [] and "collapsed" in render(Report(found))
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    experts=some.integers(1, 9),
+    layers=some.integers(1, 3),
+    documents=some.integers(1, 5),
+    length=some.integers(1, 6),
+    scores=some.booleans(),
+    dropped=some.floats(0, 1),
+    data=some.data(),
+)
+def test_any_shape_has_a_verdict_a_table_and_a_page(
+    experts: int, layers: int, documents: int, length: int, scores: bool, dropped: float, data: some.DataObject
+) -> None:
+    top_k = data.draw(some.integers(1, experts))
+    made = synthetic.trace(
+        synthetic.tokens(documents, length), layers=layers, experts=experts, top_k=top_k, scores=scores, weights=scores
+    )
+    for routed in made.layers:
+        routed.index_TK[np.random.default_rng(0).random(routed.index_TK.shape) < dropped] = -1
+    report = Report(analysed(made))
+    assert all(len(line) <= 80 for line in terminal.words(report))
+    assert all(len(line) <= 80 for line in terminal.strip(report.analysis, 80))
+    columns, rows = terminal.full(report.analysis)
+    assert len(rows) == layers and all(len(row) == len(columns) for row in rows)
+    assert "<h1>" in render(report) and json_text("s", report.to_json())
+
+
+def test_statistics_of_two_streams_are_told_apart() -> None:
+    recordings = {"encoder": synthetic.recording(), "decoder": synthetic.recording(synthetic.trace(collapsed=[0]))}
+    told = cards(analyse("t5", recordings))
+    assert told["encoder: Balance"].level == "good" and told["decoder: Balance"].level == "poor"
+    assert isinstance(recordings["encoder"].statistics, RoutingStatistics)
