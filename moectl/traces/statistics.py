@@ -171,7 +171,7 @@ def probabilities(point: Point, score_TE: np.ndarray) -> np.ndarray:
     if point.score_kind != "logits":
         p_TE = score_TE
     elif point.scoring == "softmax":
-        p_TE = np.exp(score_TE - _log_sums(score_TE))
+        p_TE = np.exp(score_TE - score_TE.max(1, keepdims=True))
     else:
         p_TE = np.exp(-np.logaddexp(0, -score_TE))
     return np.asarray(p_TE / p_TE.sum(1, keepdims=True).clip(1e-300))
