@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,10 +12,14 @@ from moectl.cli import options
 from moectl.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
-    from moectl.routing.ingest.formats import Facts
+    from moectl.routing.masking import Mask
     from moectl.routing.report import Report
-    from moectl.routing.run import Settings
+    from moectl.routing.rerun import Losses
+    from moectl.routing.spelling import Spell
     from moectl.routing.study import Study
+    from moectl.routing.weights import Alike
+
+BUILTIN = ("builtin:code", "builtin:prose", "builtin:arithmetic")
 
 
 def analyze_routing(
@@ -54,6 +57,9 @@ def analyze_routing(
             show_default=False,
         ),
     ] = None,
+    weights: Annotated[
+        bool, typer.Option("--weights", help="Compare the experts' weights and the routers' rows too.")
+    ] = False,
     fail_on: Annotated[
         list[str] | None,
         typer.Option(
@@ -119,43 +125,50 @@ def analyze_routing(
     """
     from moectl.report import output
     from moectl.routing import gate
-    from moectl.routing.ingest.formats import Facts
-    from moectl.routing.masks import parse
     from moectl.routing.report import report
-    from moectl.routing.run import Settings
-    from moectl.routing.study import BUILTIN, is_model
+    from moectl.routing.study import is_model
 
     conditions = [gate.parse(text) for text in fail_on or ()]
-    masks = [parse(text) for text in mask or ()]
-    models = [source for source in (model, other) if source is not None and format is None and is_model(source)]
-    if not models and (data or masks or generate or layerwise):
+    most = output.parse_size(trace_size)
+    _require_place(trace, overwrite)
+    sources = [source for source in (model, other) if source is not None]
+    run = [format is None and is_model(source) for source in sources]
+    if not any(run) and (data or generate or layerwise):
         raise UsageError(
-            f"{model} is a trace, and --data, --mask, --generate and --layerwise are about running a model.",
+            f"{model} is a trace, and --data, --generate and --layerwise are about running a model.",
             "",
             "Leave them out, or give the model.",
         )
-    if models and data is None:
+    if (mask or weights) and not run[0]:
+        raise UsageError(f"{model} is a trace.", "--mask and --weights need a model.", "Give the model first.")
+    facts = {"num_experts": num_experts, "top_k": top_k, "layers": layers}
+    if any(run) and any(fact is not None for fact in facts.values()):
+        raise UsageError("--num-experts, --top-k and --layers are for traces.", "A model knows.", "Leave them out.")
+    text = tuple(data or BUILTIN)
+    if any(run) and not data:
         output.note(f"Without --data the text is {', '.join(BUILTIN)}.", quiet=quiet)
-    _require_place(trace, overwrite)
-    settings = Settings(
-        max_tokens=max_tokens,
-        sequence_length=seq_len,
-        trace_bytes=output.parse_size(trace_size),
-        generate=generate,
-        layerwise=layerwise,
-        device=device,
-        dtype=dtype,
-        experts_implementation=experts_implementation,
-        seed=seed,
-    )
-    say: Callable[[str], None] = lambda text: output.note(text, quiet=quiet)  # noqa: E731
-    texts = tuple(data or BUILTIN)
-    facts = Facts(num_experts, top_k, layers)
-    studies = _studies([model, *([other] if other else [])], texts, settings, format, facts, revision, say, quiet)
-    if not studies:
-        return
-    found = report(studies, texts, settings, masks=masks, adjacent=olmoe_compat, say=say)
-    files = _keep(found, studies, html, trace, tokenizer, overwrite)
+    settings: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "sequence_length": seq_len,
+        "trace_bytes": most,
+        "generate": generate,
+        "layerwise": layerwise,
+        "device": device,
+        "dtype": dtype,
+        "experts_implementation": experts_implementation,
+        "seed": seed,
+    }
+    masks = _masks(mask)
+    studies = [
+        _recorded(source, text, settings, revision, quiet) if runs else _read(source, format, facts)
+        for source, runs in zip(sources, run, strict=True)
+    ]
+    if not studies[0].recordings:
+        return  # this process of torchrun is not the one that tells
+    losses = _losses(studies[0], text, masks, settings, quiet) if masks else None
+    similar = _alike(studies[0], quiet) if weights else []
+    found = report(studies, losses=losses, weights=similar, adjacent=olmoe_compat, seed=seed)
+    files = _keep(found, studies[0], html, trace, tokenizer, overwrite)
     _show(found, files, json=json, quiet=quiet, by_number=fixed_order)
     failed = [line for condition in conditions for line in gate.failures(condition, found.rows)]
     if failed:
@@ -163,37 +176,60 @@ def analyze_routing(
         raise CheckFailed(f"{shown}.", "--fail-on says so.", "Look at the table, or change the condition.")
 
 
-def _studies(
-    sources: list[str],
-    data: tuple[str, ...],
-    settings: Settings,
-    format: str | None,
-    facts: Facts,
-    revision: str | None,
-    say: Callable[[str], None],
-    quiet: bool,
-) -> list[Study]:
-    """What is looked at; none in the processes of torchrun that are not the first."""
-    from moectl.report import output
-    from moectl.routing.study import is_model, open_study
+def _masks(texts: list[str] | None) -> list[Mask]:
+    if not texts:
+        return []
+    from moectl.routing.masks import parse
 
-    found = []
-    for source in sources:
-        run = format is None and is_model(source)
-        with output.progress("reading", settings.max_tokens, quiet=quiet or not run, unit="tokens") as advance:
-            study = open_study(
-                source,
-                data,
-                settings,
-                format=format,
-                facts=facts,
-                revision=revision,
-                say=say,
-                advance=advance,
-            )
-        if study is not None:
-            found.append(study)
-    return found
+    return [parse(text) for text in texts]
+
+
+def _recorded(source: str, data: tuple[str, ...], settings: dict[str, Any], revision: str | None, quiet: bool) -> Study:
+    """Run a model."""
+    from moectl.checkpoint.source import Checkpoint
+    from moectl.report import output
+    from moectl.routing.run import Settings, record
+    from moectl.routing.study import Study
+
+    checkpoint = Checkpoint.open(source, revision)
+    with output.progress("reading", settings["max_tokens"], quiet=quiet, unit="tokens") as advance:
+        recordings = record(
+            checkpoint, data, Settings(**settings), lambda text: output.note(text, quiet=quiet), advance
+        )
+    return Study(checkpoint.name, recordings, checkpoint)
+
+
+def _read(source: str, format: str | None, facts: dict[str, int | None]) -> Study:
+    """Read a trace."""
+    from moectl.routing.ingest.formats import read
+    from moectl.routing.study import Study
+
+    path = Path(source).expanduser()
+    return Study(path.resolve().name, read(path, format, **facts))
+
+
+def _losses(study: Study, data: tuple[str, ...], masks: list[Mask], settings: dict[str, Any], quiet: bool) -> Losses:
+    """Run the model again with masks."""
+    from moectl.report import output
+    from moectl.routing.rerun import masked_losses
+    from moectl.routing.run import Settings
+
+    assert study.checkpoint is not None
+    trace = next(iter(study.recordings.values())).trace
+    return masked_losses(
+        study.checkpoint, data, masks, Settings(**settings), trace, lambda text: output.note(text, quiet=quiet)
+    )
+
+
+def _alike(study: Study, quiet: bool) -> list[Alike]:
+    """Compare the experts' weights."""
+    from moectl.report import output
+    from moectl.routing.weights import alike
+
+    assert study.checkpoint is not None
+    layers = len(next(iter(study.recordings.values())).statistics.loads)
+    with output.progress("comparing weights", layers, quiet=quiet, unit="layers") as advance:
+        return alike(study.checkpoint, advance)
 
 
 def _require_place(trace: Path | None, overwrite: bool) -> None:
@@ -205,19 +241,30 @@ def _require_place(trace: Path | None, overwrite: bool) -> None:
 
 
 def _keep(
-    found: Report, studies: list[Study], html: Path | None, trace: Path | None, tokenizer: str | None, overwrite: bool
+    found: Report, study: Study, html: Path | None, trace: Path | None, tokenizer: str | None, overwrite: bool
 ) -> list[Path]:
     """Write what was asked for."""
     from moectl.report import html as pages
     from moectl.routing.page.render import render
-    from moectl.routing.study import speller
     from moectl.traces.store import save
 
     if trace is not None:
-        save(studies[0].recordings, trace, overwrite=overwrite)
+        save(study.recordings, trace, overwrite=overwrite)
     if html is not None:
-        pages.write(html, render(found, speller(studies[0], tokenizer), command=_command()))
+        pages.write(html, render(found, _speller(study, tokenizer), _command()))
     return [path for path in (trace, html) if path is not None]
+
+
+def _speller(study: Study, tokenizer: str | None) -> Spell | None:
+    """What makes text of the study's token ids: its own tokenizer, or that of a model that is named."""
+    from functools import partial
+
+    from moectl.checkpoint.source import Checkpoint
+    from moectl.layerwise.tokenizer import load_tokenizer
+    from moectl.routing.spelling import pieces
+
+    checkpoint = study.checkpoint if tokenizer is None else Checkpoint.open(tokenizer)
+    return None if checkpoint is None else partial(pieces, load_tokenizer(checkpoint))
 
 
 def _show(found: Report, files: list[Path], *, json: bool, quiet: bool, by_number: bool) -> None:

@@ -20,6 +20,7 @@ from moectl.cli import (
     average,
     bench,
     branch,
+    compress,
     families,
     finish,
     inspect,
@@ -42,6 +43,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(upcycle.app, name="upcycle")
+app.add_typer(compress.app, name="compress")
 app.add_typer(bench.app, name="bench")
 app.add_typer(recipe.app, name="recipe")
 app.command("verify")(verify.verify)

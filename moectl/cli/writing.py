@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -69,11 +69,21 @@ class Writing:
             hub.check_repo_id(self.push_to_hub)
 
 
-def carry_out(plan: Plan, how: Writing, *, headline: str, against: Sequence[str] = (), then: str = "") -> None:
+def carry_out(
+    plan: Plan,
+    how: Writing,
+    *,
+    headline: str,
+    against: Sequence[str] = (),
+    then: str = "",
+    schema: str = "moectl.upcycle/1",
+    measure: Callable[[], Mapping[str, Any]] = dict,
+) -> None:
     """Show the plan (--dry-run) or write it, publish it, and report on stdout and stderr as the contract says.
 
     `headline` says what becomes of what. `against` are the sources that `moectl verify --against` can compare with.
-    `then` is the next thing worth doing where that is not `moectl verify`.
+    `then` is the next thing worth doing where that is not `moectl verify`. `measure` looks at the published output, and
+    what it gives goes into the JSON of that `schema`.
 
     Raises:
         MoectlError: as `write`, `check_target`, `parse_worker` and `hub.upload` raise it.
@@ -109,9 +119,10 @@ def carry_out(plan: Plan, how: Writing, *, headline: str, against: Sequence[str]
         show_unpublished(written, how.worker, len(plan.shards), how.json)
         return
     uploaded = hub.upload(out, how.push_to_hub) if how.push_to_hub is not None else None
+    measured = measure()
     if how.json:
         output.emit_json(
-            "moectl.upcycle/1",
+            schema,
             {
                 "path": str(out),
                 "published": True,
@@ -123,6 +134,7 @@ def carry_out(plan: Plan, how: Writing, *, headline: str, against: Sequence[str]
                 "uploaded": uploaded,
                 "recipe": plan.recipe,
                 **facts,
+                **measured,
             },
         )
     else:

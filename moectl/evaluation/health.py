@@ -5,8 +5,6 @@ Legend: E experts, N elements of one expert's matrices in a layer.
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,7 +14,7 @@ import numpy as np
 from moectl.checkpoint.dtypes import FLOATS, ITEM_BYTES, numpy_dtype
 from moectl.checkpoint.header import TensorRef
 from moectl.checkpoint.source import Checkpoint
-from moectl.families.components import FUSED_EXPERTS, PER_EXPERT, component
+from moectl.families.expert_tensors import expert_tensors, moe_block, router_tensors
 
 _CHUNK_ELEMENTS = 1 << 16
 
@@ -57,17 +55,11 @@ class Health:
 def health(checkpoint: Checkpoint, on_bytes: Callable[[int], None] = lambda _: None) -> Health:
     """Read every floating-point weight once and report on experts and routers; memory is a few chunks."""
     nonfinite: dict[str, int] = {}
-    blocks: dict[str, dict[str, list[TensorRef]]] = defaultdict(lambda: defaultdict(list))
-    routers: dict[str, TensorRef] = {}
+    blocks, routers = expert_tensors(checkpoint.tensors), router_tensors(checkpoint.tensors)
+    of_experts = {ref.name.partition("[")[0] for block in blocks.values() for refs in block.values() for ref in refs}
     for name, ref in checkpoint.tensors.items():
-        if ref.dtype not in FLOATS:
+        if ref.dtype not in FLOATS or name in of_experts:
             continue
-        expert = PER_EXPERT.fullmatch(name) or (FUSED_EXPERTS.fullmatch(name) if len(ref.shape) == 3 else None)
-        if expert is not None:
-            blocks[expert["block"]][expert["matrix"]].extend(_experts_of(ref))
-            continue
-        if component(name) == "router" and len(ref.shape) == 2 and ref.shape[0] > 1:
-            routers[_parent(name)] = ref
         bad = sum(int((~np.isfinite(chunk)).sum()) for chunk in _values(ref))
         if bad:
             nonfinite[name] = bad
@@ -76,33 +68,11 @@ def health(checkpoint: Checkpoint, on_bytes: Callable[[int], None] = lambda _: N
     for block, matrices in blocks.items():
         gram = np.zeros((0, 0))
         for refs in matrices.values():
-            ordered = sorted(refs, key=lambda ref: _expert_number(ref.name))
-            part = _gram(ordered, nonfinite)
+            part = _gram(refs, nonfinite)
             gram = part if not gram.size else gram + part
-            on_bytes(sum(ref.nbytes for ref in ordered))
-        layers.append(_layer(block, gram, routers.get(_parent(block))))
+            on_bytes(sum(ref.nbytes for ref in refs))
+        layers.append(_layer(block, gram, routers.get(moe_block(block))))
     return Health(tuple(layers), nonfinite)
-
-
-def _experts_of(ref: TensorRef) -> list[TensorRef]:
-    """One reference per expert of a fused [E, ...] tensor; itself if it is one expert's."""
-    if len(ref.shape) != 3:
-        return [ref]
-    size = ref.nbytes // ref.shape[0]
-    return [
-        TensorRef(f"{ref.name}[{expert}]", ref.dtype, ref.shape[1:], ref.file, ref.offset + expert * size, size)
-        for expert in range(ref.shape[0])
-    ]
-
-
-def _expert_number(name: str) -> int:
-    per_expert = PER_EXPERT.fullmatch(name)
-    return int(per_expert["expert"]) if per_expert else int(name[name.rindex("[") + 1 : -1])
-
-
-def _parent(name: str) -> str:
-    """The MoE block that a router tensor or an experts module is part of."""
-    return re.sub(r"\.(experts|gate\.wg|gate|router)(\.\w+)*$", "", name)
 
 
 def _values(ref: TensorRef) -> Iterator[np.ndarray]:
@@ -135,7 +105,7 @@ def _layer(block: str, gram: np.ndarray, router: TensorRef | None) -> LayerHealt
         rows = np.concatenate(list(_values(router))).reshape(router.shape).astype(np.float64)
     row_norms = None if rows is None else np.linalg.norm(rows, axis=1)
     return LayerHealth(
-        layer=_parent(block),
+        layer=moe_block(block),
         experts=len(norms),
         zero_experts=int((~alive).sum()),
         norm_min=float(norms.min()),

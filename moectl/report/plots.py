@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from moectl.report.svg import FAINT, INK, Scale, colour, element, figure, hint, line, mark, number, text
 
 WIDTH = 900
+LABEL = 14
+"""Characters of a series' name beside its columns."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def lines(title: str, description: str, places: Sequence[str], series: Sequence[
 
 def columns(title: str, description: str, strips: Sequence[Strip], places: Sequence[str], axes: tuple[str, str]) -> str:
     """One strip of columns under the other, on the same scale; series keep their colour from figure to figure."""
-    left, right, top, each_height, gap = 110, 24, 26, 86, 22
+    left, right, top, each_height, gap = 140, 24, 26, 86, 22
     highest = max([value for strip in strips for value in (strip.high or strip.values)] + [s.chance for s in strips])
     step = (WIDTH - left - right) / max(len(places), 1)
     width = min(step * 0.72, 34)
@@ -91,7 +93,8 @@ def columns(title: str, description: str, strips: Sequence[Strip], places: Seque
         for tick in y.ticks(2):
             body.append(line(left, y(tick), WIDTH - right, y(tick)))
             body.append(text(left - 8, y(tick) + 4, number(tick), anchor="end", size=11, fill=FAINT))
-        body.append(text(8, base - each_height / 2 + 8, strip.series, font_weight=600, fill=colour(place)))
+        name = strip.series if len(strip.series) <= LABEL else f"{strip.series[: LABEL - 1]}…"
+        body.append(text(8, base - each_height / 2 + 8, name, font_weight=600, fill=colour(place)))
         for i, value in enumerate(strip.values):
             middle = left + (i + 0.5) * step
             shown = hint(f"{strip.series}, {places[i]}: {value:.4g}, chance {strip.chance:.4g}")

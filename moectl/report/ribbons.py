@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moectl.report.svg import FAINT, colour, element, figure, hint, number, text
+from moectl.report.svg import FAINT, GRID, colour, element, figure, hint, text
 
-WIDTH, HEIGHT = 900, 380
+WIDTH, HEIGHT = 900, 420
+OTHERS = "others"
 _LEFT, _RIGHT, _BAR, _TOP, _GAP = 130, 130, 14, 34, 4
 
 
@@ -18,7 +19,10 @@ def ribbons(
     flow_LR: Sequence[Sequence[float]],
     sides: tuple[str, str],
 ) -> str:
-    """Ribbons as wide as `flow_LR`; bars as long as the sums of what leaves and arrives. `sides` names the two."""
+    """Ribbons as wide as `flow_LR`; bars as long as the sums of what leaves and arrives. `sides` names the two.
+
+    What flows from or to `OTHERS` is grey.
+    """
     outgoing = [sum(row) for row in flow_LR]
     incoming = [sum(row[j] for row in flow_LR) for j in range(len(right))]
     total = max(sum(outgoing), 1e-12)
@@ -41,8 +45,9 @@ def ribbons(
                 f"M{x_left} {y:.1f}C{middle:g} {y:.1f} {middle:g} {z:.1f} {x_right} {z:.1f}v{width:.2f}"
                 f"C{middle:g} {z + width:.1f} {middle:g} {y + width:.1f} {x_left} {y + width:.1f}z"
             )
-            shown = hint(f"{left[i]} to {right[j]}: {amount / total:.1%} of all")
-            body.append(element("path", shown, d=path, fill=colour(i), fill_opacity=0.45))
+            shown = hint(f"{left[i]} to {right[j]}: {amount:,.0f}")
+            grey = OTHERS in (left[i], right[j])
+            body.append(element("path", shown, d=path, fill=GRID if grey else colour(i), fill_opacity=0.6))
     for names, amounts, tops, x, anchor, at in (
         (left, outgoing, start, _LEFT, "end", _LEFT - 8),
         (right, incoming, end, x_right, "start", x_right + _BAR + 8),
@@ -50,10 +55,8 @@ def ribbons(
         for name, amount, y in zip(names, amounts, tops, strict=True):
             height = max(amount * scale, 0.5)
             body.append(element("rect", x=x, y=y, width=_BAR, height=height, fill=FAINT))
-            if height > 9:
-                body.append(
-                    text(at, y + height / 2 + 4, f"{name} · {number(100 * amount / total)}%", size=11, anchor=anchor)
-                )
+            if height > 7:
+                body.append(text(at, y + height / 2 + 4, name, size=11, anchor=anchor))
     body.append(text(_LEFT, 16, sides[0], fill=FAINT))
     body.append(text(WIDTH - _RIGHT, 16, sides[1], anchor="end", fill=FAINT))
     return figure(WIDTH, HEIGHT, title, description, *body)

@@ -153,15 +153,11 @@ def analyse(
     *,
     adjacent: bool = False,
     seed: int = 0,
-    advance: Callable[[int], None] = lambda _done: None,
 ) -> Analysis:
     """Ask every question of the recordings; `adjacent` counts pairs of experts as OLMoE's released code does."""
     about = dict(next(iter(recordings.values())).trace.about)
     off = about.get("off", {})
-    streams = []
-    for stream, recording in recordings.items():
-        streams.append(_stream(stream, recording, off, adjacent, seed))
-        advance(1)
+    streams = (_stream(stream, recording, off, adjacent, seed) for stream, recording in recordings.items())
     return Analysis(name, tuple(streams), about)
 
 

@@ -65,7 +65,7 @@ class Capture:
         """
         checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in self._model.modules())
         if self._model.training and checkpointed:
-            raise _refused(
+            raise InputError(
                 "Gradient checkpointing is on, and the model is in training mode.",
                 "Every layer runs once more in the backward pass, and all of its tokens would be counted twice.",
                 "Call model.eval() or model.gradient_checkpointing_disable() first.",
@@ -94,38 +94,45 @@ class Capture:
             InputError: a tap was not called, or more than once, or was given other rows than its neighbours.
         """
         try:
-            return tuple(self._seen(number, tap) for number, tap in enumerate(self.taps))
+            seen = tuple(self._seen(number, tap) for number, tap in enumerate(self.taps))
+            self._check_rows(seen)
+            return seen
         finally:
             self._clear()
 
     def _seen(self, number: int, tap: Tap) -> Seen:
         name, choices, scores = escape(tap.point.name), self._choices[number], self._scores[number]
         if not choices:
-            raise _refused(
+            raise InputError(
                 f"{name} was not seen to run.",
                 "Its counts would be zero and mean nothing. The model was compiled before the hooks were there, or a "
                 "kernel or a quantised layer replaced its modules.",
                 "Load the model without torch.compile, use_kernels and MXFP4 (dequantize=True), or give an adapter.",
             )
-        if len(choices) > 1:
-            raise _refused(
-                f"{name} ran {len(choices)} times in one forward pass.",
+        calls = max(len(choices), len(scores))
+        if calls > 1:
+            raise InputError(
+                f"{name} ran {calls} times in one forward pass.",
                 "Tokens would be counted more than once: gradient checkpointing runs layers again, some models share "
                 "one layer between several places, and several forward passes must be taken one by one.",
                 "Turn gradient checkpointing off, and take what was seen after every forward pass.",
             )
         index_TK, weight_TK = (part.detach().flatten(0, -2) for part in choices[0])
-        same_part = next(
-            at for at, other in enumerate(self.taps) if (other.point.role == "encoder") == (tap.point.role == "encoder")
-        )
-        rows = self._choices[same_part][0][0].flatten(0, -2).shape[0] if self._choices[same_part] else len(index_TK)
-        if len(index_TK) != rows:
-            raise _refused(
-                f"{name} was given {len(index_TK)} rows, and {escape(self.taps[same_part].point.name)} {rows}.",
-                "It is not called with all tokens, so which row is which token is not known.",
-                "Give an adapter (an entry point of the group `moectl.routing_adapters`) that puts its rows in place.",
-            )
         return Seen(index_TK, weight_TK, scores[0] if scores else None)
+
+    def _check_rows(self, seen: Sequence[Seen]) -> None:
+        """Every tap of the encoder is given the same rows, and every other one the same."""
+        first: dict[bool, int] = {}
+        for number, tap in enumerate(self.taps):
+            other = first.setdefault(tap.point.role == "encoder", number)
+            rows, others = len(seen[number].index_TK), len(seen[other].index_TK)
+            if rows != others:
+                name, known = escape(tap.point.name), escape(self.taps[other].point.name)
+                raise InputError(
+                    f"{name} was given {rows} rows, and {known} {others}.",
+                    "One of them is not called with all tokens, so which row is which token is not known.",
+                    "Give an adapter (an entry point of the group `moectl.routing_adapters`) that puts rows in place.",
+                )
 
     def _on_experts(self, number: int, tap: Tap, experts: nn.Module) -> Any:
         index_name, weights_name = argument_names(type(experts)) or ("", "")
@@ -153,7 +160,3 @@ class Capture:
         for choices, scores in zip(self._choices, self._scores, strict=True):
             choices.clear()
             scores.clear()
-
-
-def _refused(what: str, why: str, fix: str) -> InputError:
-    return InputError(what, why, fix)

@@ -41,9 +41,9 @@ def check(model: nn.Module, run: Callable[[], Tensor]) -> Checked:
     with Capture(model) as capture:
         watched = run()
         checked = complete(capture.taps, capture.take())
-    if torch.equal(plain, watched):
+    if _same(plain, watched):
         return checked
-    if torch.equal(plain, run()):
+    if _same(plain, run()):
         raise InputError(
             f"{type(model).__name__} gives another output while its routing is watched.",
             "What is seen would not be what it does otherwise.",
@@ -52,18 +52,25 @@ def check(model: nn.Module, run: Callable[[], Tensor]) -> Checked:
     return replace(checked, notes=(*checked.notes, "The model's output differs from run to run on this device."))
 
 
+def _same(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
 def complete(taps: Sequence[Tap], seen: Sequence[Seen]) -> Checked:
     """The taps with their number of experts per token, how scores become weights, and whether scores alone decide.
 
     Raises:
         InputError: an expert's number is out of range, or scores are no numbers.
     """
-    completed, alone, notes = [], [], dict.fromkeys(f"{type_of(tap)}: {tap.warning}." for tap in taps if tap.warning)
+    completed, alone, notes = [], [], dict.fromkeys(f"{_class_of(tap)}: {tap.warning}." for tap in taps if tap.warning)
     for tap, each in zip(taps, seen, strict=True):
         point = replace(tap.point, top_k=each.index_TK.shape[-1])
         if each.score_TE is None:
             _check_range(point, each.index_TK)
-            completed.append(replace(tap, point=point))
+            if tap.scores is not None:
+                notes[f"{escape(point.name)}: its router was not seen to run, so there are no scores."] = None
+                point = replace(point, score_kind="none", selects=False)
+            completed.append(replace(tap, point=point, scores=None))
             continue
         refuse_non_finite(point, each.score_TE)
         score_TE = each.score_TE.float()
@@ -104,7 +111,7 @@ def refuse_non_finite(point: Point, score_TE: Tensor) -> None:
         )
 
 
-def type_of(tap: Tap) -> str:
+def _class_of(tap: Tap) -> str:
     """The class of what is watched."""
     return type(tap.experts or tap.router).__name__
 

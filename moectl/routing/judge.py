@@ -29,6 +29,8 @@ class Limits:
         luck: a MaxVio within this multiple of what a fair lot gives says nothing, whatever the other limits.
         seen: with fewer tokens per expert than this, under a fair lot, the load is not judged.
         surprising: an unseen expert counts if its chance under a fair lot is below this.
+        dropped: with a larger share of the assignments going nowhere a layer drops: at one in a hundred in each of 32
+            layers, a quarter of the tokens lose something.
         apart: domains part in a layer if the whole interval of one domain's share of an expert is above this multiple
             of the whole of another's: of many experts some intervals miss each other by chance, but not by half.
         repeats: consecutive tokens keep together if they repeat this multiple of what independent ones do.
@@ -44,6 +46,7 @@ class Limits:
     luck: float = 1.5
     seen: float = 10.0
     surprising: float = 1e-3
+    dropped: float = 0.01
     apart: float = 1.5
     repeats: float = 1.25
     words: float = 0.5
@@ -105,7 +108,7 @@ def flags(stream: Stream, number: int) -> list[str]:
     found = ["collapsed"] if collapsed(load) else ["skewed"] if skewed(load, fair) else []
     if missing(load):
         found.append(f"{len(load.unseen)} unseen")
-    if load.dropped > 0:
+    if load.dropped > LIMITS.dropped:
         found.append(f"drops {percent(load.dropped)}")
     if stream.domains and apart(stream.domains[number]):
         found.append("domains")

@@ -99,7 +99,7 @@ def masked(taps: Sequence[Tap], mask: Mask, usual: Mapping[str, Usual]) -> Itera
 @contextmanager
 def _on_choice(tap: Tap, change: _OnChoice) -> Iterator[None]:
     names = None if tap.experts is None else argument_names(type(tap.experts))
-    if tap.experts is None or names is None:
+    if tap.experts is None or names is None or names[0].endswith("mask"):
         raise _not_ordinary(tap)
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -20,8 +20,8 @@ from moectl.routing.capture import Seen
 from moectl.routing.score_sums import ScoreSums
 from moectl.routing.tap import Tap
 from moectl.text import escape
-from moectl.traces.statistics import Load, RoutingStatistics, blocks_of
-from moectl.traces.store import Recording, bytes_per_token, index_dtype
+from moectl.traces.statistics import Load, RoutingStatistics, Scored, blocks_of
+from moectl.traces.store import Recording, index_dtype
 from moectl.traces.trace import PREFILL, Routed, RoutingTrace, Tokens
 
 PADDING = -1
@@ -59,9 +59,8 @@ def sampled_documents(length_N: np.ndarray, bytes_per_token: int, most_bytes: in
 class Recorder:
     """Takes what was seen of one stream of tokens, forward pass by forward pass, in any order of documents.
 
-    Attributes:
-        tokens_kept: how many tokens the trace will have.
-        bytes_kept: how much memory it takes.
+    `length_N` is how many tokens of each document come here (0 for those that another process has), and `kept_N` says
+    which documents the trace has.
     """
 
     def __init__(
@@ -90,8 +89,7 @@ class Recorder:
 
         kept_length_N = np.where(kept_N, length_N, 0)
         self._start_N = np.where(kept_N, np.cumsum(kept_length_N) - kept_length_N, PADDING)
-        self.tokens_kept = size = int(kept_length_N.sum())
-        self.bytes_kept = size * bytes_per_token(tuple(points), scores=scores)
+        size = int(kept_length_N.sum())
         self._tokens = Tokens(
             np.zeros(size, np.int32),
             np.repeat(np.arange(len(length_N), dtype=np.int32), kept_length_N),
@@ -129,6 +127,7 @@ class Recorder:
         place_S = place_T[kept_T]
         self._tokens_B[blocks] += np.bincount(block_T, minlength=len(blocks))
         finite: dict[int, Tensor] = {}
+        at_T = None if every else torch.from_numpy(np.flatnonzero(counted_R))
         for number, (tap, each) in enumerate(zip(self._taps, seen, strict=True)):
             index_TK, weight_TK = (part if every else part[counted_R] for part in (index[number], weight[number]))
             if not tap.ordered:
@@ -138,20 +137,18 @@ class Recorder:
             layer.index_TK[place_S] = index_TK[kept_T]
             assert layer.weight_TK is not None
             layer.weight_TK[place_S] = weight_TK[kept_T]
-            if self._scores and each.score_TE is not None:
-                score_TE, index_of_top = each.score_TE, each.index_TK
-                if not every:
-                    at_T = torch.from_numpy(np.flatnonzero(counted_R)).to(score_TE.device)
-                    score_TE, index_of_top = score_TE[at_T], index_of_top[at_T]
+            if layer.score_TE is not None:
+                assert each.score_TE is not None, "a checked tap has scores in every pass, or in none"
                 top_is_known = tap.point.selects and not (index_TK < 0).any()
+                score_TE, top_TK = each.score_TE, each.index_TK
+                if at_T is not None:
+                    score_TE, top_TK = (part[at_T.to(part.device)] for part in (score_TE, top_TK))
                 if number not in self._sums:
                     self._sums[number] = ScoreSums(tap.point, score_TE.device)
-                finite[number] = self._sums[number].add(score_TE, index_of_top if top_is_known else None)
+                finite[number] = self._sums[number].add(score_TE, top_TK if top_is_known else None)
                 if len(place_S):
-                    assert layer.score_TE is not None
                     kept_TE = score_TE if kept_T.all() else score_TE[torch.from_numpy(kept_T).to(score_TE.device)]
-                    half_TE = kept_TE.float().clamp(-_FLOAT16_LARGEST, _FLOAT16_LARGEST).half()
-                    layer.score_TE[place_S] = half_TE.cpu().numpy()
+                    self._keep_scores(layer, place_S, kept_TE)
         self._refuse_non_finite(finite)
 
     def recording(self, about: Mapping[str, Any]) -> Recording:
@@ -164,7 +161,7 @@ class Recorder:
                 self._first[number],
                 self._weight[number],
                 self._dropped[number],
-                self._sums[number].total() if number in self._sums else None,
+                self._total(number, tap),
             )
             for number, tap in enumerate(self._taps)
         )
@@ -176,8 +173,9 @@ class Recorder:
             loads,
             tuple((self._max_vio / max(tokens, 1)).tolist()),
         )
-        share = self.tokens_kept / max(tokens, 1)
-        return Recording(statistics, RoutingTrace(self._tokens, self._layers, about), min(share, 1.0))
+        return Recording(
+            statistics, RoutingTrace(self._tokens, self._layers, about), len(self._tokens) / max(tokens, 1)
+        )
 
     def _fetched(self, seen: Sequence[Seen], rows: Rows) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Index and weight of every point on the host, in one copy each."""
@@ -210,6 +208,17 @@ class Recorder:
         if self._tokens.predicted_T is not None and predicted_R is not None and len(place_S):
             self._tokens.predicted_T[place_S] = predicted_R.cpu().numpy()[counted_R][kept_T]
         return place_T
+
+    def _keep_scores(self, layer: Routed, place_S: np.ndarray, score_SE: Tensor) -> None:
+        assert layer.score_TE is not None
+        half_SE = score_SE.float().clamp(-_FLOAT16_LARGEST, _FLOAT16_LARGEST).half()
+        layer.score_TE[place_S] = half_SE.cpu().numpy()
+
+    def _total(self, number: int, tap: Tap) -> Scored | None:
+        """Sums of no tokens where this process had none, so that those of others can be added."""
+        if not self._scores or tap.scores is None:
+            return None
+        return self._sums.get(number, ScoreSums(tap.point, torch.device("cpu"))).total()
 
     def _count_one(
         self, number: int, blocks: np.ndarray, block_T: np.ndarray, index_TK: np.ndarray, weight_TK: np.ndarray
@@ -265,7 +274,7 @@ def merged(parts: Sequence[Recording]) -> Recording:
         for layer in zip(*(part.trace.layers for part in parts), strict=True)
     )
     trace = RoutingTrace(all_tokens, layers, first.trace.about)
-    return Recording(statistics, trace, min(1.0, len(trace) / max(statistics.tokens, 1)))
+    return Recording(statistics, trace, len(trace) / max(statistics.tokens, 1))
 
 
 def _by_weight(index_TK: np.ndarray, weight_TK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moectl.errors import UsageError
 from moectl.report.output import Cell
 from moectl.routing.analysis import Analysis, analyse, compared, difference_rows, plain, to_json
-from moectl.routing.masking import Mask
-from moectl.routing.masks import Held, held
-from moectl.routing.rerun import Losses, masked_losses
-from moectl.routing.run import Settings
 from moectl.routing.study import Study
 from moectl.routing.surprises import Surprise, surprises
 from moectl.routing.verdict import Card, verdict
 from moectl.traces.change import Differences
+
+if TYPE_CHECKING:
+    from moectl.routing.rerun import Losses
+    from moectl.routing.weights import Alike
 
 SCHEMA = "moectl.analyze-routing/1"
 
@@ -28,14 +27,15 @@ class Report:
     Attributes:
         analysis: of what was named first.
         other: of what it is compared with, and `differences`, what differs, by stream.
-        losses: of the first model under masks, and `held`, the estimates from the trace.
+        losses: of the first model under masks.
+        weights: how alike its experts are, by layer, if that was asked for.
     """
 
     analysis: Analysis
     other: Analysis | None = None
     differences: Mapping[str, Differences] | None = None
     losses: Losses | None = None
-    held: tuple[Held, ...] = ()
+    weights: tuple[Alike, ...] = ()
 
     @property
     def cards(self) -> list[Card]:
@@ -70,41 +70,40 @@ class Report:
             "model": to_json(self.analysis),
             "other": None if self.other is None else to_json(self.other),
             "differences": plain(self.differences),
-            "masks": None if self.losses is None else {**_losses(self.losses), "held": plain(self.held)},
+            "masks": None if self.losses is None else _losses(self.losses),
+            "weights": [_alike(each) for each in self.weights],
         }
 
 
 def report(
     studies: Sequence[Study],
-    data: Sequence[str],
-    settings: Settings,
     *,
-    masks: Sequence[Mask] = (),
+    losses: Losses | None = None,
+    weights: Sequence[Alike] = (),
     adjacent: bool = False,
-    say: Callable[[str], None] = lambda _text: None,
+    seed: int = 0,
 ) -> Report:
-    """Analyse one or two studies, compare the two, and run the first again with masks.
+    """Analyse one or two studies and compare the two; `losses` and `weights` are of the first.
 
     Raises:
         InputError: the two are not of the same tokens and layers.
-        UsageError: masks are asked for, and the first is a trace.
     """
-    first, *rest = (analyse(study.name, study.recordings, adjacent=adjacent, seed=settings.seed) for study in studies)
-    other = rest[0] if rest else None
-    if other is not None and other.name == first.name:
-        other = replace(other, name=f"{other.name} (other)")
-    losses: Losses | None = None
-    estimates: tuple[Held, ...] = ()
-    if masks:
-        checkpoint = studies[0].checkpoint
-        if checkpoint is None:
-            raise UsageError(
-                f"{studies[0].name} is a trace.", "A mask needs a model that can be run.", "Give the model first."
-            )
-        length = int(first.about["sequence_length"])
-        losses = masked_losses(checkpoint, data, masks, settings, length, say)
-        estimates = tuple(held(first.streams[0].recording.trace))
-    return Report(first, other, None if other is None else compared(first, other), losses, estimates)
+    one, *rest = (analyse(study.name, study.recordings, adjacent=adjacent, seed=seed) for study in studies)
+    if not rest:
+        return Report(one, losses=losses, weights=tuple(weights))
+    other = replace(rest[0], name=f"{one.name} (other)") if rest[0].name == one.name else rest[0]
+    return Report(one, other, compared(one, other), losses, tuple(weights))
+
+
+def _alike(each: Alike) -> dict[str, Any]:
+    one, other, cosine = each.closest
+    return {
+        "layer": each.layer,
+        "cosine_mean": each.mean,
+        "cosine_spread": each.experts.spread,
+        "closest": {"experts": [one, other], "cosine": cosine, "centred": float(each.experts.centred_EE[one, other])},
+        "router_cosine_mean": each.router_mean,
+    }
 
 
 def _losses(losses: Losses) -> dict[str, Any]:
@@ -118,4 +117,4 @@ def _losses(losses: Losses) -> dict[str, Any]:
         }
         for rerun in losses.masks
     ]
-    return {"tokens": losses.tokens, "loss": losses.loss, "reruns": masks}
+    return {"tokens": losses.tokens, "loss": losses.loss, "reruns": masks, "held": plain(losses.held)}

@@ -18,19 +18,21 @@ from moectl.layerwise.tokenizer import encoder, load_tokenizer, prefix
 from moectl.layerwise.whole import device_named, dtype_named, load
 from moectl.routing.batches import read_texts
 from moectl.routing.masking import Mask
-from moectl.routing.masks import Rerun, reruns
+from moectl.routing.masks import Held, Rerun, held, reruns
 from moectl.routing.points import find
 from moectl.routing.run import Settings
 from moectl.text import escape
+from moectl.traces.trace import RoutingTrace
 
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """Nats per token without a mask, and what each mask adds; `tokens` is how many were predicted."""
+    """Nats per token, of `tokens` tokens, without a mask, and what each adds; `held` is what the trace alone says."""
 
     tokens: int
     loss: float
     masks: tuple[Rerun, ...]
+    held: tuple[Held, ...]
 
 
 def masked_losses(
@@ -38,10 +40,10 @@ def masked_losses(
     data: Sequence[str],
     masks: Sequence[Mask],
     settings: Settings,
-    sequence_length: int,
+    trace: RoutingTrace,
     say: Callable[[str], None] = lambda _text: None,
 ) -> Losses:
-    """The loss on the text of a routing run, once without and once with each mask.
+    """The loss on the text of a routing run, which left `trace`, once without and once with each mask.
 
     Raises:
         UsageError: a mask leaves too few experts, or the model is to be run layer by layer or is an encoder-decoder.
@@ -68,7 +70,7 @@ def masked_losses(
         loss, found = reruns(
             find(model),
             masks,
-            lambda: log_probabilities(model, documents, start, sequence_length),
+            lambda: log_probabilities(model, documents, start, trace.about["sequence_length"]),
             settings.seed,
         )
-    return Losses(tokens, loss, tuple(found))
+    return Losses(tokens, loss, tuple(found), tuple(held(trace)))

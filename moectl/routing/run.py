@@ -99,6 +99,15 @@ def record(
     texts = read_texts(documents, encoder(tokenizer), settings.max_tokens, cut)
     if not texts.ids_N:
         raise InputError("The data holds no token.", "There is nothing to route.", "Give --data some text.")
+    rank, size = rank_and_size()
+    if len(texts.ids_N) < size:
+        raise UsageError(
+            f"There are {size} processes and {len(texts.ids_N)} documents.",
+            "Every process reads some of the documents.",
+            "Start fewer processes, or give more text.",
+        )
+    if rank:
+        say, advance = lambda _text: None, lambda _tokens: None
     say(f"Reading {int(texts.length_N.sum()):,} tokens in {len(texts.ids_N):,} documents of {', '.join(texts.domains)}")
     with quiet(), torch.no_grad():
         run = _opened(checkpoint, config, settings, device, tokenizer)
@@ -164,7 +173,7 @@ def _record(
     advance: Callable[[int], None],
 ) -> dict[str, Recorder]:
     rank, size = rank_and_size()
-    own = [number for number in range(len(texts.ids_N)) if number % size == rank]
+    own_N = np.arange(len(texts.ids_N)) % size == rank
     recorders: dict[str, Recorder] = {}
     streams: dict[str, list[int]] = {}
 
@@ -174,15 +183,27 @@ def _record(
             say(note)
         for number, tap in enumerate(checked.taps):
             streams.setdefault("encoder" if tap.point.role == "encoder" else "decoder", []).append(number)
+        length_N = texts.length_N + settings.generate
+        points = tuple(tap.point for tap in checked.taps)
+        each, most = bytes_per_token(points, scores=settings.scores), settings.trace_bytes
+        kept_N = sampled_documents(length_N, each, most, settings.seed)
+        kept, all_ = int(length_N[kept_N].sum()), int(length_N.sum())
+        mib = f"{kept * each / 2**20:.1f} MiB of at most {most / 2**20:.0f}"
+        say(f"The trace has {kept:,} of {all_:,} tokens, in whole documents: {mib}")
         for stream, numbers in streams.items():
-            taps = [checked.taps[number] for number in numbers]
-            recorders[stream] = _recorder(taps, texts, own, stream, run.predicted, settings)
-        kept, most = sum(each.bytes_kept for each in recorders.values()), settings.trace_bytes
-        tokens = next(iter(recorders.values())).tokens_kept
-        say(f"The trace has {tokens:,} tokens of whole documents: {kept / 2**20:.1f} MiB of at most {most / 2**20:.0f}")
+            recorders[stream] = Recorder(
+                [checked.taps[number] for number in numbers],
+                texts.domains,
+                texts.domain_N,
+                np.where(own_N, length_N, 0),
+                kept_N=kept_N & own_N,
+                scores=settings.scores,
+                predicted=run.predicted and stream == "decoder",
+            )
 
     if not settings.layerwise:  # there the check is the first batch: a pass reads the whole checkpoint
         prepare(check(run.model, partial(_probe, run.model, texts)))
+    own = np.flatnonzero(own_N).tolist()
     all_batches = batches(texts, own, sequence_length=length, batch_tokens=run.batch_tokens, pad=run.pad)
     taps: Sequence[Tap] | None = run.checked.taps if run.checked else None
     with Capture(run.model, scores=settings.scores or run.checked is None, taps=taps) as capture:
@@ -196,25 +217,6 @@ def _record(
                     recorder.add(of_stream, rows[stream], predicted_R if stream == "decoder" else None)
             advance(int((batch.rows.document_R >= 0).sum()))
     return recorders
-
-
-def _recorder(
-    taps: Sequence[Tap], texts: Texts, own: Sequence[int], stream: str, predicted: bool, settings: Settings
-) -> Recorder:
-    length_N = texts.length_N + (settings.generate if stream == "decoder" else 0)
-    each = bytes_per_token(tuple(tap.point for tap in taps), scores=settings.scores)
-    kept_N = sampled_documents(length_N, each, settings.trace_bytes, settings.seed)
-    own_N = np.zeros(len(length_N), bool)
-    own_N[list(own)] = True
-    return Recorder(
-        taps,
-        texts.domains,
-        texts.domain_N,
-        np.where(own_N, length_N, 0),
-        kept_N=kept_N & own_N,
-        scores=settings.scores,
-        predicted=predicted and stream == "decoder",
-    )
 
 
 def _decoder_start(model: Any) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -42,7 +42,13 @@ class Surprise:
 
 def surprises(analysis: Analysis, most: int = 5) -> list[Surprise]:
     """The strongest findings, at most `PER_KIND` of a kind and one of a kind in a layer."""
-    found = [each for stream in analysis.streams for each in _all(stream)]
+    found = [
+        each
+        if len(analysis.streams) == 1 or each.layer.startswith(stream.name)
+        else replace(each, layer=f"{stream.name} {each.layer}")
+        for stream in analysis.streams
+        for each in _all(stream)
+    ]
     kept: list[Surprise] = []
     for each in sorted(found, key=lambda each: -each.strength):
         same = [other for other in kept if other.kind == each.kind]
@@ -86,7 +92,7 @@ def _all(stream: Stream) -> Iterator[Surprise]:
 def _loads(stream: Stream) -> Iterator[Surprise]:
     for load, fair in zip(stream.balance, stream.fair_max_vio, strict=True):
         point = load.point
-        even = point.top_k / point.num_experts
+        even = (1 - load.dropped) * point.top_k / point.num_experts
         if judged(load) and not collapsed(load) and load.max_vio > 2 * fair + 0.5:
             text = f"expert {load.busiest} serves {percent(load.busiest_share)} of the tokens (even: {percent(even)})"
             yield _surprise("load", point.label, load.busiest, text, load.busiest_share, even)

@@ -136,11 +136,16 @@ def words(found: Report, width: int = 80) -> list[str]:
         lines += ["", "What stands out:"] if number == 1 else []
         lines += _wrapped(f"{number}. Layer {each.layer}: {each.text}. Look: {each.look}.", width, "   ")
     for stream, differences in (found.differences or {}).items():
-        most = max(differences.layers, key=lambda each: each.ids)
+        worst = max(differences.layers, key=lambda each: each.ids)
         other = found.other.name if found.other else ""
         told = f"Against {other}, {stream}: {percent(differences.tokens)} of the tokens take another way somewhere."
-        told += f" Most in layer {most.point.label}: {percent(most.ids)} of a token's experts are others."
+        told += f" Most in layer {worst.point.label}: {percent(worst.ids)} of a token's experts are others."
         lines += ["", *_wrapped(told, width, "  ")]
+    if found.weights:
+        most = max(found.weights, key=lambda each: each.closest[2])
+        one, two, cosine = most.closest
+        told = f"Most alike by their weights: experts {one} and {two} of layer {most.layer}, cosine {cosine:.3f}"
+        lines += ["", *_wrapped(f"{told} (unrelated: 0, give or take {most.experts.spread:.1g}).", width, "  ")]
     if found.losses is not None:
         lines += ["", f"Loss on this text: {found.losses.loss:.4f} nats per token."]
         for rerun in found.losses.masks:

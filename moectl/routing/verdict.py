@@ -59,7 +59,9 @@ def balance_card(stream: Stream) -> Card:
     tilted = [load for load, fair in pairs if skewed(load, fair) and load not in fallen]
     lost = [load for load in loads if missing(load) and load not in fallen]
     unseen = sum(len(load.unseen) for load in lost)
-    level: Level = "poor" if fallen or tilted else "fair" if lost or uneven(worst, fair) else "good"
+    most = max(loads, key=lambda load: load.dropped)
+    drops = most.dropped > LIMITS.dropped
+    level: Level = "poor" if fallen or tilted else "fair" if lost or drops or uneven(worst, fair) else "good"
     times = f"{1 + worst.max_vio:.3g} times an even share"
     heads = []
     if fallen:
@@ -73,6 +75,8 @@ def balance_card(stream: Stream) -> Card:
         )
     if lost:
         heads.append(f"{unseen} expert{'s were' if unseen > 1 else ' was'} not seen")
+    if drops:
+        heads.append(f"layer {most.point.label} drops {percent(most.dropped)} of the assignments")
     fewest = min(loads, key=room)
     share = percent(worst.busiest_share)
     detail = [
@@ -80,6 +84,8 @@ def balance_card(stream: Stream) -> Card:
         f"A fair lot would give {1 + fair:.3g} times.",
         f"Fewest in effect: {fewest.effective:.1f} of {fewest.point.num_experts}, in layer {fewest.point.label}.",
     ]
+    if tilted and not stream.domains:
+        detail.append("On text of one domain that may be specialisation: give some of several.")
     if lost:
         detail.append(
             f"Unseen in {tokens:,} tokens: {_unseen(lost)}; chance of that if fair: "
@@ -119,8 +125,12 @@ def domain_cards(stream: Stream) -> list[Card]:
         )
     if parted:
         head = f"Domains use different experts in {layers(parted)}"
+    elif clear:
+        head = "Domains differ a little, in many experts"
+    elif all((shares.high_DE.min(1) < 1).sum() < 2 for shares in stream.domains):
+        head = "Too few documents to say whether domains use different experts"
     else:
-        head = "Domains differ a little, in many experts" if clear else "Domains use the same experts"
+        head = "Domains use the same experts"
     return [Card("Domains", "good" if clear else "none", head, " ".join(detail))]
 
 

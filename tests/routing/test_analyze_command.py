@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import Result
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from moectl.cli.main import app
@@ -62,14 +65,25 @@ def rows(result: Result) -> list[dict[str, str]]:
 
 
 def test_a_model_its_page_and_its_trace(place: Path) -> None:
-    done = run("moe", *DATA, "--html", "page.html", "--trace", "trace", "--mask", "kept:1", "--mask", "1:0")
+    done = run(
+        "moe", *DATA, "--html", "page.html", "--trace", "trace", "--mask", "kept:1", "--mask", "1:0", "--weights"
+    )
     table = rows(done)
-    assert [row["layer"] for row in table] == ["0", "1", "2"] and table[0]["tokens"] == "1500"
-    for word in ("Balance:", "How sure:", "Written: trace", "Written: page.html", "Again: moectl ", "kept:1: "):
+    assert [row["layer"] for row in table] == ["0", "1", "2"] and table[0]["tokens"] == "1434"
+    for word in (
+        "Balance:",
+        "How sure:",
+        "Written: trace",
+        "Written: page.html",
+        "Again: moectl ",
+        "kept:1: ",
+        "Most alike by their weights: experts ",
+    ):
         assert word in done.stderr
     assert all(len(line) <= 80 for line in done.stderr.splitlines() if not line.startswith(("Again", "The trace")))
     page = (place / "page.html").read_text(encoding="utf-8")
-    assert "Without some experts" in page and "1 + 1 = 2" in "".join(json.loads(_data(page))["pieces"])
+    assert "Without some experts" in page and "By their weights" in page
+    assert "1 + 1 = 2" in "".join(json.loads(_data(page))["pieces"])
     again = run("trace", "-q")
     assert rows(again) == table and again.stderr == ""
     spelled = run("trace", "--tokenizer", "moe", "--html", "again.html", "-q")
@@ -99,8 +113,27 @@ def test_json_names_masks_and_estimates() -> None:
     found = json.loads(run("moe", *DATA, "--mask", "removed:1", "--json", "-q").stdout)
     (rerun,) = found["masks"]["reruns"]
     low, high = rerun["change_interval"]
-    assert rerun["mask"] == "removed:1" and low <= rerun["change"] <= high and found["masks"]["tokens"] == 1500
+    assert rerun["mask"] == "removed:1" and low <= rerun["change"] <= high and found["masks"]["tokens"] == 1434
     assert len(found["masks"]["held"]) == 3 and found["masks"]["held"][0]["share_K"][-1] == pytest.approx(1)
+
+
+def test_weights_are_compared_as_they_are() -> None:
+    """Against the tensors of the model itself, expert by expert."""
+    found = json.loads(run("moe", *DATA, "--weights", "--json", "-q").stdout)["weights"]
+    model = AutoModelForCausalLM.from_pretrained("moe")
+    for layer, told in enumerate(found):
+        block = model.model.layers[layer].mlp
+        parts = [
+            tensor.detach().double().flatten(1) for tensor in (block.experts.gate_up_proj, block.experts.down_proj)
+        ]
+        unit = torch.nn.functional.normalize(torch.cat(parts, 1), dim=1)
+        cosine = (unit @ unit.T).fill_diagonal_(-2)
+        one, other = told["closest"]["experts"]
+        assert told["layer"] == str(layer) and told["closest"]["cosine"] == pytest.approx(cosine.max().item(), abs=1e-4)
+        assert cosine[one, other] == cosine.max()
+        rows = torch.nn.functional.normalize(block.gate.weight.detach().double(), dim=1)
+        pairs = (rows @ rows.T)[torch.triu(torch.ones(8, 8), 1).bool()]
+        assert told["router_cosine_mean"] == pytest.approx(pairs.mean().item(), abs=1e-5)
 
 
 def test_a_gate_exits_with_5_after_the_report() -> None:
@@ -124,7 +157,7 @@ def test_a_gate_exits_with_5_after_the_report() -> None:
         (("moe", *DATA, "--mask", "7:0"), UsageError, "names expert 0 of layer 7"),
         (("moe", *DATA, "--mask", "kept:1", "--layerwise"), UsageError, "cannot be run again"),
         (("moe", *DATA, "--trace", "dense"), UsageError, "dense exists"),
-        (("moe", *DATA, "--num-experts", "8"), UsageError, "is a model"),
+        (("moe", *DATA, "--num-experts", "8"), UsageError, "are for traces"),
         (("moe", *DATA, "--trace-size", "much"), UsageError, "is not a size"),
         (("sums.jsonl",), InputError, "no routing trace"),
         (("sums.jsonl", "--data", "words.jsonl"), UsageError, "is a trace"),
@@ -166,11 +199,11 @@ def test_at_a_terminal_of_80_columns(place: Path) -> None:
             break
     os.close(master)
     assert process.wait() == 0, seen
-    lines = seen.decode().splitlines()
+    assert b"\x1b[3" not in seen, "no colours"
+    lines = re.sub(r"\x1b\[\d*m", "", seen.decode()).splitlines()
     assert all(len(line) <= 80 for line in lines)
     assert any(line.startswith("layer") and line.rstrip().endswith("flags") for line in lines)
     assert sum("|" in line and "/8" in line for line in lines) == 3
-    assert "\x1b[3" not in seen.decode(), "no colours"
 
 
 def test_a_reader_that_leaves_ends_it_quietly(place: Path) -> None:

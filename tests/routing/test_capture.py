@@ -105,6 +105,34 @@ def test_offloaded_layers_are_seen() -> None:
         assert torch.equal(found.index_TK, each.index_TK)
 
 
+def test_experts_inside_peft_wrappers_are_seen() -> None:
+    """LoRA on the experts' parameters wraps their module twice; the router stands beside the outermost wrapper."""
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_moe("mixtral")
+    inputs = tiny_inputs(model)
+    expected = seen_in(model, **inputs)
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=names))
+    assert "base_layer.base_layer" in find(wrapped)[0].point.name
+    for found, each in zip(seen_in(wrapped, **inputs), expected, strict=True):
+        assert torch.equal(found.index_TK, each.index_TK)
+        assert found.score_TE is not None and each.score_TE is not None
+        assert torch.equal(found.score_TE, each.score_TE)
+
+
+def test_expert_parallelism_is_seen_before_it_sends_tokens_away() -> None:
+    """As transformers does it: the module knows its own experts, and another forward makes their numbers local."""
+    model = tiny_moe("qwen3_moe")
+    inputs = tiny_inputs(model)
+    for layer in model.model.layers:
+        layer.mlp.experts.num_experts = 4
+        layer.mlp.experts.forward = lambda hidden_states, top_k_index, top_k_weights: hidden_states
+    checked = check(model, lambda: model(**inputs).logits)
+    assert [tap.point.num_experts for tap in checked.taps] == [8, 8, 8]
+    assert all(int(each.index_TK.max()) == 7 for each in seen_in(model, **inputs))
+
+
 def test_a_model_compiled_inside_is_seen_and_one_compiled_before_is_refused() -> None:
     model = tiny_moe("mixtral", num_hidden_layers=1)
     model.set_experts_implementation("batched_mm")
@@ -247,6 +275,21 @@ def test_choices_that_scores_do_not_explain_are_stated() -> None:
     checked = check(model, lambda: model(x))
     assert not checked.taps[0].point.selects
     assert "are the top 2 of the router's scores" in checked.notes[0]
+
+
+def test_scores_of_a_router_that_is_passed_by_are_missing_and_not_zero() -> None:
+    """As where a block uses its router's weight and does not call it."""
+
+    class Bypass(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            _logits, weights, index = self.router.forward(x)
+            return self.experts(x, index, weights)
+
+    torch.manual_seed(0)
+    model, x = Bypass(0), torch.randn(6, 8)
+    checked = check(model, lambda: model(x))
+    assert checked.taps[0].scores is None and checked.taps[0].point.score_kind == "none"
+    assert checked.notes == ("experts: its router was not seen to run, so there are no scores.",)
 
 
 def test_mxfp4_blocks_are_read_from_the_logits_that_they_return() -> None:

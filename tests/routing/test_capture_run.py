@@ -162,7 +162,7 @@ def test_the_sample_is_of_whole_documents_under_its_cap(mixtral: Checkpoint, dat
     texts = {text for texts in DATA.values() for text in texts}
     assert {text for _, text, _ in documents_of(part)} < texts
     assert np.array_equal(part.statistics.loads[1].count_BE, whole.statistics.loads[1].count_BE)
-    assert f"The trace has {len(part.trace)} tokens of whole documents" in said[-1]
+    assert f"The trace has {len(part.trace)} of {len(whole.trace)} tokens, in whole documents" in said[-1]
 
 
 def test_sampled_documents() -> None:

@@ -150,7 +150,7 @@ def _tell(experts: torch.nn.Module, given: list[tuple[Tensor, Tensor]]) -> None:
     experts.forward = told
 
 
-@pytest.mark.parametrize("family", ["jetmoe", "llama4_text", "switch_transformers", "doge", "deepseek_v4"])
+@pytest.mark.parametrize("family", ["jetmoe", "llama4_text", "switch_transformers", "nllb-moe", "doge", "deepseek_v4"])
 def test_what_cannot_be_masked_is_refused(family: str) -> None:
     model = tiny_moe(family)
     inputs = tiny_inputs(model)

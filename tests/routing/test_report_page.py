@@ -8,6 +8,7 @@ from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -22,6 +23,7 @@ from moectl.routing.report import Report
 
 HOSTILE = ("</script><script>alert(1)</script>", "<img src=x onerror=alert(2)>", "\x1b[31m", "\u2028", "<!--", "a b")
 LIMIT = 8_000_000
+NO_BROWSER = "no Chromium was found (CHROMIUM names one): the page's script is not run, only its elements are read"
 
 
 class Reader(HTMLParser):
@@ -117,7 +119,7 @@ def test_every_figure_stands_alone_and_speaks(text: str) -> None:
         == len(page.having(role="img"))
         == sum(tag == "button" and "data-save" in a for tag, a in page.elements)
     )
-    assert len(drawings) == 2 + 5 + 5 + 4 + 4 + 1, "maps, domains, pairs, flow, over the layers, comparison"
+    assert len(drawings) == 2 + 5 + 5 + 4 + 4 + 2, "maps, domains, pairs, flow, over the layers, comparison"
     for drawing in drawings:
         svg = ElementTree.fromstring(drawing)
         assert len(svg.get("aria-label") or "") > 40 and "style" not in svg.attrib
@@ -170,15 +172,26 @@ def test_ids_without_a_tokenizer_are_numbers(report: Report) -> None:
 def browser(text: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Browser]:
     program = chromium.find()
     if program is None:
-        pytest.skip(
-            "no Chromium was found (CHROMIUM names one): the page's script is not run, only its elements are read"
-        )
+        pytest.skip(NO_BROWSER)
     folder = tmp_path_factory.mktemp("page")
     (folder / "page.html").write_text(text, encoding="utf-8")
     with chromium.Browser(program, folder / "profile") as opened:
         opened.open(folder / "page.html")
         yield opened
         assert opened.complaints == [] and opened.requests == [(folder / "page.html").as_uri()]
+
+
+def test_a_page_that_asks_or_runs_anything_else_would_be_seen(text: str, tmp_path: Path) -> None:
+    """What the fixture above holds against the page, planted."""
+    program = chromium.find()
+    if program is None:
+        pytest.skip(NO_BROWSER)
+    planted = '<img src="http://example.com/x.png"><script>document.title = "ran"</script></main>'
+    (tmp_path / "page.html").write_text(text.replace("</main>", planted), encoding="utf-8")
+    with chromium.Browser(program, tmp_path / "profile") as opened:
+        opened.open(tmp_path / "page.html")
+        assert opened.evaluate("document.title") != "ran"
+        assert len(opened.requests) == 2 and len(opened.complaints) == 2
 
 
 def point_at(browser: chromium.Browser, selector: str) -> tuple[float, float]:

@@ -71,6 +71,16 @@ def test_an_expert_that_is_missing_is_named_with_its_chance() -> None:
     assert (first.kind, first.layer, first.expert) == ("unseen", "1", 3)
 
 
+def test_what_is_dropped_is_said() -> None:
+    made = synthetic.trace()
+    made.layers[1].index_TK[::2, 1] = -1
+    balance = cards(analysed(made))["Balance"]
+    assert balance.level == "fair" and balance.headline.endswith("layer 1 drops 25% of the assignments")
+    assert flagged(analysed(made), "drops") == [1]
+    made.layers[1].index_TK[:] = -1
+    assert "layer 1 drops 100%" in cards(analysed(made))["Balance"].headline
+
+
 def test_few_tokens_are_no_evidence() -> None:
     found = analysed(synthetic.trace(synthetic.tokens(3, 2), experts=64, top_k=8))
     assert len(found.streams[0].balance[0].unseen) > 0
@@ -85,6 +95,20 @@ def test_domains_words_and_neighbours_are_seen_where_they_are() -> None:
     assert flagged(analysed(synthetic.trace(sticky=2.0)), "repeats") == [0, 1, 2, 3]
     top = surprises(analysed(synthetic.trace(by_domain=2.0)))[0]
     assert top.kind == "domain" and top.look.startswith("--mask ") and top.null < top.number
+
+
+def test_one_document_of_each_domain_cannot_tell_them_apart() -> None:
+    found = cards(analysed(synthetic.trace(synthetic.tokens(3, 400), by_domain=2.0)))
+    assert found["Domains"].headline.startswith("Too few documents") and found["Domains"].level == "none"
+
+
+def test_a_skewed_load_may_be_the_only_domain() -> None:
+    made = synthetic.trace(synthetic.tokens(20, 64, domains=("all",)), experts=32, by_word=0.0)
+    for routed in made.layers:
+        routed.index_TK[np.arange(len(made)) % 4 > 0] %= 2
+        routed.index_TK[:, 1] = (routed.index_TK[:, 0] + 1) % 32
+    balance = cards(analysed(made))["Balance"]
+    assert balance.level == "poor" and "skewed" in balance.headline and "one domain" in balance.detail
 
 
 def test_one_domain_is_not_compared_with_itself() -> None:
@@ -161,6 +185,8 @@ def test_any_shape_has_a_verdict_a_table_and_a_page(
 
 def test_statistics_of_two_streams_are_told_apart() -> None:
     recordings = {"encoder": synthetic.recording(), "decoder": synthetic.recording(synthetic.trace(collapsed=[0]))}
-    told = cards(analyse("t5", recordings))
+    found = analyse("t5", recordings)
+    told = cards(found)
+    assert "<h1>Layer 0 is collapsed" in render(Report(found)), "the worse of the two is the title"
     assert told["encoder: Balance"].level == "good" and told["decoder: Balance"].level == "poor"
     assert isinstance(recordings["encoder"].statistics, RoutingStatistics)

@@ -104,7 +104,7 @@ def _counts(source: Source, counts: list[np.ndarray]) -> Recording:
     if top_k is None or top_k > num_experts:
         raise NeedsFact(
             f"it does not say how many of {num_experts} experts a token has",
-            f"Give their number with --top-k: {common}, or a number that divides it.",
+            f"Give their number with --top-k. All counts of a layer are multiples of {common}, so it divides that.",
         ).of(source.path)
     if common % top_k:
         source.warnings.append(

@@ -1,17 +1,22 @@
-"""What differs between two models, and what a model loses without some of its experts."""
+"""What differs between two models, what a model loses without some experts, and how alike their weights are."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from moectl.report.html import Figure, Heading, Paragraph, Part, Table
 from moectl.report.output import Cell
 from moectl.report.plots import Line, lines
 from moectl.routing.analysis import Analysis
-from moectl.routing.masks import Held
-from moectl.routing.rerun import Losses
+from moectl.routing.page.figures import load_maps
 from moectl.routing.words import percent
 from moectl.traces.change import Differences
+
+if TYPE_CHECKING:
+    from moectl.routing.rerun import Losses
+    from moectl.routing.weights import Alike
 
 COMPARED = ("max_vio", "effective", "entropy", "busiest", "busiest_share", "repeat")
 """Of MEASURES, what two models are shown side by side in."""
@@ -46,9 +51,12 @@ def comparison(one: Analysis, other: Analysis, differences: Mapping[str, Differe
         )
         yield Heading(f"Compared with {other.name}")
         yield Figure(head, svg, caption, f"{stream.name}-difference")
+        there = theirs[stream.name]
+        load = load_maps(there)[0]
+        yield replace(load, heading=f"{other.name}: {load.heading}", name=f"{load.name}-other")
         rows = [
             [mine["layer"], *(cell for name in COMPARED for cell in (mine.get(name), their.get(name)))]
-            for mine, their in zip(stream.rows, theirs[stream.name].rows, strict=True)
+            for mine, their in zip(stream.rows, there.rows, strict=True)
         ]
         yield Table(
             ["layer", *(f"{name.replace('_', ' ')}{end}" for name in COMPARED for end in ("", ", other"))],
@@ -56,17 +64,40 @@ def comparison(one: Analysis, other: Analysis, differences: Mapping[str, Differe
         )
 
 
-def masked(losses: Losses, estimates: Sequence[Held]) -> Iterator[Part]:
+def masked(losses: Losses) -> Iterator[Part]:
     """The loss under every mask, and what the trace alone would let one guess."""
     yield Heading("Without some experts")
     rows: list[list[Cell]] = [["none", losses.loss, None, None, None]]
     rows += [[rerun.mask.label, rerun.loss, rerun.change, *rerun.change_interval] for rerun in losses.masks]
     yield Paragraph(f"Nats per token of {losses.tokens:,} tokens; the change with its 95% interval, over documents.")
     yield Table(["mask", "loss", "change", "low", "high"], shortened(rows))
-    if estimates:
-        least = min(estimates, key=lambda each: each.share_K[0])
+    if losses.held:
+        least = min(losses.held, key=lambda each: each.share_K[0])
         words = f"In the trace the first expert holds {percent(float(least.share_K[0]))} of the weight or more"
         yield Paragraph(f"{words} (least in layer {least.label}): an estimate only, the loss above is what it does.")
+
+
+def alike(layers: Sequence[Alike]) -> Iterator[Part]:
+    """How alike the experts are by their weights, and the rows of the routers."""
+    most = max(layers, key=lambda each: each.closest[2])
+    one, other, cosine = most.closest
+    head = f"By their weights, experts {one} and {other} of layer {most.layer} are the most alike: cosine {cosine:.3g}"
+    series = [
+        Line("closest experts", [max(each.closest[2], 0.0) for each in layers]),
+        Line("experts, mean", [max(each.mean, 0.0) for each in layers]),
+        Line(
+            "router rows, mean", [None if each.router is None else max(each.router_mean or 0, 0.0) for each in layers]
+        ),
+        Line("unrelated, spread", [each.experts.spread for each in layers], chance=True),
+    ]
+    told = f"Cosines of experts' weights in {len(layers)} layers. {head}."
+    svg = lines(head, told, [each.layer for each in layers], series, ("layer", "cosine"))
+    caption = (
+        "Cosine between all weights of two experts, and between the router's rows; below 0 is drawn as 0. Copies of a "
+        "dense layer are alike in what they share; dashed: the spread of the cosine of unrelated weights."
+    )
+    yield Heading("By their weights")
+    yield Figure(head, svg, caption, "weights")
 
 
 def shortened(rows: Sequence[Sequence[Cell]]) -> list[list[Cell]]:

@@ -56,6 +56,8 @@ function explore(root, stream) {
     const used = new Map();
     for (let place = 0; place < spans.length; place++) used.set(chosen(place), (used.get(chosen(place)) || 0) + 1);
     const order = [...used].filter(([id]) => id >= 0).sort((a, b) => b[1] - a[1]).slice(0, data.palette.length);
+    // The expert whose page is open has a colour too, however seldom it is.
+    if (used.has(expert) && !order.some(([id]) => id === expert)) order[order.length - 1] = [expert, used.get(expert)];
     const ink = new Map(order.map(([id], rank) => [id, data.palette[rank]]));
     legend.replaceChildren(...order.map(([id, count]) => {
       const button = make('button', `expert ${id} · ${percent(count / spans.length)}`, {'aria-pressed': id === alone});

@@ -12,7 +12,7 @@ import numpy as np
 from moectl.report.heat import DIVERGING, SEQUENTIAL, Shade, heat
 from moectl.report.html import Figure
 from moectl.report.plots import Line, Strip, columns, lines
-from moectl.report.ribbons import ribbons
+from moectl.report.ribbons import OTHERS, ribbons
 from moectl.routing.analysis import Stream
 from moectl.routing.judge import apart, keeps
 from moectl.routing.verdict import contrast
@@ -27,8 +27,8 @@ MOST_BARS = 64
 """Experts in the bars of domains: those whose shares differ most between domains."""
 STRONGEST = 16
 """Experts in a map of pairs: those of the strongest pairs, as in OLMoE's figures (arXiv 2409.02060)."""
-FLOWING = 1.5
-"""Experts with fewer than so many even shares are pooled in a picture of flow, as in OLMoE's."""
+FLOWS = 12
+"""From expert to expert, in a picture of flow."""
 
 RATIOS = (0.25, 0.5, 0.75, 0.9, 1 / 0.9, 4 / 3, 2.0, 4.0)
 LOADS = (
@@ -214,27 +214,36 @@ def flow_ribbons(stream: Stream, step: Flow) -> Figure | None:
     total = step.count_EE.sum()
     if not total:
         return None
-    left, right = _large(step.count_EE.sum(1)), _large(step.count_EE.sum(0))
+    from_E, to_E = step.count_EE.sum(1), step.count_EE.sum(0)
+    strongest = np.argsort(np.outer(from_E, to_E) / total - step.count_EE, axis=None, kind="stable")[:FLOWS]
+    sources, targets = np.unravel_index(strongest, step.count_EE.shape)
+    left, right = _kept(sources, len(from_E)), _kept(targets, len(to_E))
     grouped = _grouped(_grouped(step.count_EE, left).T, right).T
-    told = percent(max(step.value, 0.0))
-    heading = f"Layer {step.source.label} tells {told} of the first choice in layer {step.target.label}"
+    caption = "First choices."
+    if len(left) < len(from_E) or len(right) < len(to_E):
+        caption = f"First choices: the experts of the {FLOWS} flows that exceed independent layers the most."
+        caption += " Others are pooled, grey; what flows between those is left out."
+        grouped[len(left) :, len(right) :] = 0
+    heading = f"Layer {step.source.label} tells {percent(max(step.value, 0.0))} of the first choice in the next"
     svg = ribbons(
         heading,
         f"First choices of {total:,} tokens; 0% would be independent layers.",
-        [f"expert {expert}" for expert in left] + ["others"] * (len(left) < len(step.count_EE)),
-        [f"expert {expert}" for expert in right] + ["others"] * (len(right) < step.count_EE.shape[1]),
+        _flowing(left, from_E / total),
+        _flowing(right, to_E / total),
         grouped.tolist(),
         (f"layer {step.source.label}", f"layer {step.target.label}"),
     )
-    caption = "First choices; experts below one and a half even shares are pooled unless there are few experts."
     return Figure(heading, svg, caption, f"{stream.name}-flow-layer-{step.source.label}")
 
 
-def _large(count_E: np.ndarray) -> list[int]:
-    if len(count_E) <= 12:
-        return list(range(len(count_E)))
-    order = [int(expert) for expert in np.argsort(-count_E, kind="stable")[:12]]
-    return sorted(expert for expert in order if count_E[expert] > FLOWING * count_E.mean())
+def _flowing(kept: list[int], share_E: np.ndarray) -> list[str]:
+    named = [f"expert {expert} · {percent(float(share_E[expert]))}" for expert in kept]
+    return named + [OTHERS] * (len(kept) < len(share_E))
+
+
+def _kept(numbers: np.ndarray, experts: int) -> list[int]:
+    """Those numbers, or all if there are few experts."""
+    return list(range(experts)) if experts <= FLOWS else sorted({int(number) for number in numbers})
 
 
 def _grouped(count_EX: np.ndarray, kept: list[int]) -> np.ndarray:

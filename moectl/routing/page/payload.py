@@ -20,6 +20,8 @@ from moectl.traces.trace import RoutingTrace
 
 BUDGET = 800_000
 """Bytes of each kind of data of all streams together: the page stays below 8 MB."""
+FIGURES = 1_200_000
+"""Bytes of each kind of figure that is drawn for every layer."""
 MOST_TOKENS = 2400
 """Of the text that is shown, however few the layers."""
 PARTNERS = 5

@@ -11,8 +11,8 @@ from moectl.report.html import Facts, Figure, Heading, Paragraph, Part, Table, p
 from moectl.routing.analysis import MEASURES, Stream
 from moectl.routing.judge import flags
 from moectl.routing.page import figures
-from moectl.routing.page.comparison import comparison, masked, shortened
-from moectl.routing.page.payload import BUDGET, payload, spread
+from moectl.routing.page.comparison import alike, comparison, masked, shortened
+from moectl.routing.page.payload import FIGURES, payload, spread
 from moectl.routing.page.sureness import NULLS, facts
 from moectl.routing.report import Report
 from moectl.routing.spelling import Spell
@@ -54,15 +54,29 @@ def render(found: Report, spell: Spell | None = None, command: str = "") -> str:
     if found.other is not None and found.differences is not None:
         parts += comparison(analysis, found.other, found.differences)
     if found.losses is not None:
-        parts += masked(found.losses, found.held)
+        parts += masked(found.losses)
+    if found.weights:
+        parts += alike(found.weights)
     parts += [Heading("All layers"), *(_table(stream) for stream in analysis.streams)]
     parts += [Heading("How sure"), Facts(list(facts(found, command))), Heading("What chance means here"), Facts(NULLS)]
     data = f'<script type="application/json" id="routing">{payload(analysis, spell)}</script>'
-    statistics = analysis.streams[0].recording.statistics
-    lead = f"{analysis.name}: {len(analysis.streams[0].points)} MoE layers, {statistics.tokens:,} tokens of "
     style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("explore.css", "explore.js"))
-    lead += f"{', '.join(statistics.domains)}."
-    return page(cards[0].headline, lead, [*parts, Raw(data)], style=style, script=script)
+    return page(_title(cards), _lead(found), [*parts, Raw(data)], style=style, script=script)
+
+
+def _title(cards: Sequence[Card]) -> str:
+    """The headline of the worst balance: of the first stream if both are as good."""
+    order = ("poor", "fair", "good", "none")
+    return min(
+        (card for card in cards if card.topic.endswith("Balance")), key=lambda card: order.index(card.level)
+    ).headline
+
+
+def _lead(found: Report) -> str:
+    layers = sum(len(stream.points) for stream in found.analysis.streams)
+    statistics = found.analysis.streams[0].recording.statistics
+    size = f"{layers} MoE layer{'s' * (layers != 1)}, {statistics.tokens:,} tokens"
+    return f"{found.analysis.name}: {size} of {', '.join(statistics.domains)}."
 
 
 def _cards(cards: Sequence[Card]) -> Raw:
@@ -81,7 +95,7 @@ def _surprises(found: Report) -> list[Part]:
 
 def _explored(number: int, stream: Stream, streams: int) -> str:
     """Everything of a stream that follows its slider."""
-    room = BUDGET // streams
+    room = FIGURES // streams
     points = stream.points
     maps = [
         f"<div{' class=by-load hidden' * at}>{each.html()}</div>" for at, each in enumerate(figures.load_maps(stream))

@@ -1,0 +1,196 @@
+"""`moectl compress`: a Mixture-of-Experts checkpoint made smaller."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moectl.cli import options, writing
+from moectl.errors import MoectlError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from moectl.checkpoint.source import Checkpoint
+
+HELDOUT_LENGTH = 256
+HELDOUT_BATCH = 8
+HELDOUT_BATCHES = 2
+BUILTIN = ("builtin:code", "builtin:prose", "builtin:arithmetic")
+_BUILTIN_COST = (
+    "Experts are chosen on built-in text: Python's own code and documentation, and sums. What other text needs may be "
+    "among what is removed, down to writing that breaks. Give --data like what the model is for."
+)
+
+app = typer.Typer(
+    name="compress",
+    help="Make a Mixture-of-Experts checkpoint smaller.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def compress() -> None:
+    """Make a Mixture-of-Experts checkpoint smaller."""
+
+
+@app.command()
+def prune(
+    model: options.Model,
+    out: writing.Out,
+    ratio: Annotated[
+        float | None, typer.Option(help="Share of the experts of every layer to remove.", show_default=False)
+    ] = None,
+    keep: Annotated[
+        int | None, typer.Option(help="Experts to keep in every layer, in place of --ratio.", show_default=False)
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="What says how much an expert matters: reap, frequency, ean, aimer or naee.")
+    ] = "reap",
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text to choose experts on, and to measure the loss on; built-in text when left out. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Sequences to choose on; 128 when left out.")] = None,
+    seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens of each; 512 when left out.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="Fewer sequences, so as to stay below this.")] = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(
+            help="A .safetensors file of how much experts matter: read if it is there, made if not.",
+            show_default=False,
+        ),
+    ] = None,
+    no_eval: Annotated[
+        bool, typer.Option("--no-eval", help="Do not measure loss and generation before and after.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(help="To measure in: auto (float32 on a CPU, else as stored), float32, bfloat16 or float16."),
+    ] = "auto",
+    shard_size: writing.ShardSize = "5GB",
+    revision: options.Revision = None,
+    push_to_hub: writing.PushToHub = None,
+    worker: writing.Worker = None,
+    allow_nonfinite: writing.AllowNonfinite = False,
+    dry_run: writing.DryRun = False,
+    overwrite: writing.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Remove the experts of MODEL that matter least, the same number in every layer: a standard smaller checkpoint.
+
+    How much they matter is measured on --data by running the model one layer at a time, so it fits wherever a layer
+    does, and is kept in OUT.statistics or in --scores, from where any other ratio follows without running the model.
+    What stays is good on text like --data: loss and generation on its held-out part are printed domain by domain.
+    """
+    from time import perf_counter
+
+    from moectl.checkpoint.source import Checkpoint
+    from moectl.compress.prune import plan_prune
+    from moectl.compress.prune_calibration import Calibration, scores_for
+    from moectl.compress.prune_layout import layout_of
+    from moectl.compress.prune_recipe import PruneRecipe
+    from moectl.report import output
+
+    how = writing.Writing(
+        out=out,
+        push_to_hub=push_to_hub,
+        worker=worker,
+        allow_nonfinite=allow_nonfinite,
+        dry_run=dry_run,
+        overwrite=overwrite,
+        json=json,
+        quiet=quiet,
+        started=perf_counter(),
+    )
+    recipe = PruneRecipe(method, ratio, keep, output.parse_size(shard_size))
+    recipe.check()
+    how.check()
+    source = Checkpoint.open(model, revision)
+    for warning in source.warnings:
+        output.warn(warning)
+    layout = layout_of(source)
+    if layout.extra:
+        output.warn(f"{len(layout.extra)} tensors of layers that predict further tokens are left out.")
+    calibration = Calibration(tuple(data) if data else None, samples, seq_len, max_tokens, device, dtype)
+    with writing.statistics(out, dry_run=dry_run) as place:
+        measured = scores_for(layout, recipe, calibration, place, scores, lambda text: output.note(text, quiet=quiet))
+    if measured and measured.about.get("data") == list(BUILTIN):
+        output.warn(_BUILTIN_COST)
+    plan = plan_prune(layout, recipe, measured)
+    facts = plan.facts
+    specs = tuple(dict.fromkeys((*(data or ()), *BUILTIN)))
+    writing.carry_out(
+        plan,
+        how,
+        headline=f"{source.name} ({source.model_type}, {output.count(facts['source_parameters'])}) -> "
+        f"{facts['experts']} of {facts['source_experts']} experts, top {facts['top_k']}",
+        against=(model,) if facts["exact"] else (),
+        schema="moectl.compress/1",
+        measure=lambda: {} if no_eval or facts["exact"] else _probed(source, out, specs, device, quiet=quiet),
+    )
+
+
+def _probed(source: Checkpoint, out: Path, specs: tuple[str, ...], device: str, *, quiet: bool) -> dict[str, Any]:
+    """Loss and generation of both models by domain, said on stderr; or why not, as the output stands anyway."""
+    from functools import partial
+
+    from moectl.checkpoint.source import Checkpoint
+    from moectl.evaluation.heldout import heldout_batches
+    from moectl.evaluation.memory import available_memory
+    from moectl.evaluation.probe import probe
+    from moectl.layerwise.quiet import quiet as quietly
+    from moectl.layerwise.tokenizer import encoder, load_tokenizer, separator
+    from moectl.layerwise.whole import device_named, dtype_named
+    from moectl.report import output
+
+    place = device_named(device)
+    dtype = dtype_named("auto", place)
+    size = 4 * sum(math.prod(ref.shape) for ref in source.tensors.values()) if place.type == "cpu" else source.nbytes
+    if size > available_memory() // 2:
+        output.note("Loss and generation were not measured: MODEL takes more than half of the free memory.")
+        return {}
+    try:
+        tokenizer = load_tokenizer(source)
+        batches = heldout_batches(
+            specs,
+            encoder(tokenizer),
+            eos_id=separator(source, tokenizer),
+            sequence_length=HELDOUT_LENGTH,
+            batch_size=HELDOUT_BATCH,
+            max_batches=HELDOUT_BATCHES,
+        )
+        with quietly():
+            before = partial(_loaded, source, dtype, place)
+            found = probe(before, partial(_loaded, Checkpoint.open(out), dtype, place), batches)
+    except MoectlError as error:
+        output.note(f"Loss and generation were not measured: {error.what}")
+        return {}
+    lines = [
+        f"  {domain}: loss {each.loss_before:.3f} -> {each.loss_after:.3f}, "
+        f"repetition {each.repeated_before:.0%} -> {each.repeated_after:.0%}, surprise {each.surprise:.2f}"
+        for domain, each in found.items()
+    ]
+    head = "Held-out loss (nats per token), and greedy text: repeated 4-grams, and its loss under MODEL:"
+    output.note("\n".join([head, *lines]), quiet=quiet)
+    for domain, each in found.items():
+        if each.broken:
+            output.warn(f"Generation breaks on {domain}: {each.broken}. Remove fewer experts, or choose on such text.")
+    return {"domains": {domain: each.to_json() for domain, each in found.items()}}
+
+
+def _loaded(checkpoint: Checkpoint, dtype: Any, device: torch.device) -> PreTrainedModel:
+    from moectl.layerwise.whole import load
+
+    return load(checkpoint, dtype).to(device)

@@ -1,0 +1,126 @@
+"""What became of a language model: held-out loss, and what it writes, domain by domain, beside the model it was.
+
+Loss moves smoothly where writing breaks abruptly (seen of pruned models), so both are looked at. Each model continues
+the beginnings of held-out texts, always with its likeliest token. Such text of a sound model is likelier than text that
+people wrote, and does not go in circles more than before. Legend: N texts, P tokens given, G tokens written.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from moectl.evaluation.heldout import heldout_loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+GIVEN = 32
+WRITTEN = 64
+TEXTS = 8
+"""Of a domain that are continued."""
+GRAM = 4
+MORE_REPEATED = 0.25
+"""Share of 4-grams repeated, above that of the original: a quarter more of the text is then a copy of itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One domain.
+
+    Attributes:
+        loss_before, loss_after: of held-out text, in nats per token.
+        repeated_before, repeated_after: shares of the 4-grams written that came before in the same text.
+        surprise: loss of what the changed model wrote, under the original, in nats per token.
+    """
+
+    loss_before: float
+    loss_after: float
+    repeated_before: float
+    repeated_after: float
+    surprise: float
+
+    @property
+    def broken(self) -> str:
+        """Why what the changed model writes is broken; empty if it is not."""
+        if self.repeated_after > self.repeated_before + MORE_REPEATED:
+            return f"{self.repeated_after:.0%} of what it writes is repetition, {self.repeated_before:.0%} before"
+        if not self.surprise <= self.loss_before:
+            return (
+                f"to the original what it writes is less likely ({self.surprise:.2f} nats per token) than real text "
+                f"({self.loss_before:.2f})"
+            )
+        return ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, and what is broken."""
+        return {**asdict(self), "broken": self.broken}
+
+
+def probe(
+    original: Callable[[], PreTrainedModel],
+    changed: Callable[[], PreTrainedModel],
+    batches: Mapping[str, Sequence[np.ndarray]],
+) -> dict[str, Probe]:
+    """Every domain of some held-out token ids [B, L], L > P; each model is loaded once, and one is there at a time."""
+    model = changed()
+    loss_after = heldout_loss(model, batches)
+    text_after = {domain: written(model, _beginnings(of_domain)) for domain, of_domain in batches.items()}
+    del model
+    gc.collect()
+    model = original()
+    loss_before = heldout_loss(model, batches)
+    found = {}
+    for domain, of_domain in batches.items():
+        given_NP = _beginnings(of_domain)
+        text_before_NG = written(model, given_NP)
+        found[domain] = Probe(
+            loss_before[domain],
+            loss_after[domain],
+            repeated(text_before_NG),
+            repeated(text_after[domain]),
+            surprise(model, given_NP, text_after[domain]),
+        )
+    return found
+
+
+@torch.no_grad()
+def written(model: PreTrainedModel, given_NP: np.ndarray) -> np.ndarray:
+    """The `WRITTEN` likeliest tokens, one after the other, that a model continues texts with: [N, G]."""
+    from transformers import GenerationConfig
+
+    token_NP = torch.from_numpy(given_NP).to(model.device)
+    # No token ends the text, so that all are compared at one length.
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=WRITTEN, eos_token_id=None, pad_token_id=0)
+    model.eval()
+    output = model.generate(token_NP, attention_mask=torch.ones_like(token_NP), generation_config=greedy)
+    return output[:, given_NP.shape[1] :].cpu().numpy()
+
+
+@torch.no_grad()
+def surprise(model: PreTrainedModel, given_NP: np.ndarray, text_NG: np.ndarray) -> float:
+    """The loss of texts that follow others, in nats per token of theirs."""
+    token_NL = torch.from_numpy(np.concatenate([given_NP, text_NG], axis=1)).to(model.device)
+    logits_NLV = model(input_ids=token_NL, use_cache=False).logits
+    logits_NGV = logits_NLV[:, given_NP.shape[1] - 1 : -1].float()
+    return float(cross_entropy(logits_NGV.flatten(0, 1), token_NL[:, given_NP.shape[1] :].flatten()))
+
+
+def repeated(text_NG: np.ndarray) -> float:
+    """The share of 4-grams that came before in the same text."""
+    again = total = 0
+    for row in text_NG.tolist():
+        grams = list(zip(*(row[start:] for start in range(GRAM)), strict=False))
+        again += len(grams) - len(set(grams))
+        total += len(grams)
+    return again / total
+
+
+def _beginnings(batches: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(list(batches))[:TEXTS, :GIVEN]
