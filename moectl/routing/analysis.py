@@ -5,6 +5,7 @@ Legend: E experts, K experts per token, T tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property, lru_cache
@@ -47,14 +48,14 @@ MEASURES = {
     "router_entropy": "of a token's distribution over experts, as a part of ln(experts)",
     "margin": "median lead of the last chosen expert over the next, in probability",
     "repeat": "share of tokens whose first choice is that of the token before",
-    "repeat_chance": "the same for independent tokens with these loads",
+    "repeat_chance": "the same for independent tokens with the loads of their domain",
     "repeat_any": "share of tokens with any expert of the token before",
-    "repeat_any_chance": "the same for independent tokens with these loads",
+    "repeat_any_chance": "the same for independent tokens with the loads of their domain",
     "vocabulary": "largest share of a token id that one expert is the first choice of, mean over frequent ids",
     "vocabulary_chance": "the same after the ids were shuffled",
     "context_independence": "how much of the first choice the token id alone decides, chance taken off",
     "next_layer": "how much of the next layer's first choice this layer's tells, chance taken off",
-    "hot": "share of the assignments that the busiest quarter of the experts takes",
+    "hot": "share of the assignments that a quarter of the experts takes, the busiest of the other documents",
     "hot_chance": "what even loads give",
     "needed": "experts that hold 90% of a token's probability, mean",
 }
@@ -62,7 +63,9 @@ MEASURES = {
 
 DIFFERENCES = {
     "changed": "share of a token's experts that it has not in the other",
+    "changed_chance": "the same for independent choices with these loads",
     "changed_first": "share of tokens whose first choice is another",
+    "changed_first_chance": "the same for independent choices with these loads",
     "changed_tokens": "share of tokens whose experts are not the same ones",
     "moved": "share of the mixture's weight that moved",
 }
@@ -194,11 +197,16 @@ def _stream(name: str, recording: Recording, off: Mapping[str, str], adjacent: b
 
 @lru_cache(maxsize=1024)
 def fair_max_vio(tokens: int, experts: int, top_k: int) -> float:
-    """The MaxVio that a fair lot gives on average, by 200 draws of independent loads: few tokens are never even."""
+    """The MaxVio that a fair lot gives on average, by 200 draws of loads: few tokens are never even.
+
+    Loads are drawn each for itself; taking off their mean and widening what is left gives them the covariance of loads
+    that add up to k per token.
+    """
     if tokens == 0 or top_k == experts:
         return 0.0
     drawn = np.random.default_rng(0).binomial(tokens, top_k / experts, (200, experts))
-    return float(drawn.max(1).mean() / (tokens * top_k / experts) - 1)
+    over = (drawn.max(1) - drawn.mean(1)).mean() * math.sqrt(experts / (experts - 1))
+    return float(over / (tokens * top_k / experts))
 
 
 def hottest(cover: Coverage) -> tuple[float, float]:
@@ -229,7 +237,9 @@ def difference_rows(found: Differences) -> list[dict[str, Cell]]:
         {
             "layer": each.point.label,
             "changed": each.ids,
+            "changed_chance": each.ids_chance,
             "changed_first": each.first,
+            "changed_first_chance": each.first_chance,
             "changed_tokens": each.tokens,
             "moved": each.weights,
         }

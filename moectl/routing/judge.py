@@ -5,6 +5,7 @@ Legend: E experts, k experts per token, D domains.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from moectl.routing.analysis import Stream
@@ -26,6 +27,8 @@ class Limits:
         skewed, skewed_max_vio: below this share of room, or above this MaxVio, few experts do most of the work. On the
             mixed text of C4 OLMoE is at 0.85 and more, and at 2.0 and less; on single domains as far as 0.42 and 6.8.
         even_max_vio: above it the busiest expert gets more than twice an even share. Mixtral stays below 0.33.
+        even_part: above this part of the MaxVio of an expert that serves every token, E/k - 1, the load is uneven too:
+            of 3 experts of which a token uses 2 none can get more than 1.5 times an even share.
         luck: a MaxVio within this multiple of what a fair lot gives says nothing, whatever the other limits.
         seen: with fewer tokens per expert than this, under a fair lot, the load is not judged.
         surprising: an unseen expert counts if its chance under a fair lot is below this.
@@ -33,7 +36,9 @@ class Limits:
             layers, a quarter of the tokens lose something.
         apart: domains part in a layer if the whole interval of one domain's share of an expert is above this multiple
             of the whole of another's: of many experts some intervals miss each other by chance, but not by half.
-        repeats: consecutive tokens keep together if they repeat this multiple of what independent ones do.
+        told: domains differ, if in no expert that clearly, where paths tell more than this share of the documents.
+        repeats, repeats_errors: consecutive tokens keep together if they repeat this multiple of what independent ones
+            do, and so many standard errors more: few tokens repeat by chance.
         words: token ids decide if they explain this much of the first choice; a table of ids is at 1.
         tokens, documents: with fewer, per expert and per domain, numbers are called uncertain: the spread of a load is
             then 10% and more of it, and a bootstrap of few documents draws the same ones again and again.
@@ -43,12 +48,15 @@ class Limits:
     skewed: float = 0.4
     skewed_max_vio: float = 3.0
     even_max_vio: float = 1.0
+    even_part: float = 0.5
     luck: float = 1.5
     seen: float = 10.0
     surprising: float = 1e-3
     dropped: float = 0.01
     apart: float = 1.5
+    told: float = 0.9
     repeats: float = 1.25
+    repeats_errors: float = 3.0
     words: float = 0.5
     tokens: float = 100.0
     documents: int = 10
@@ -81,7 +89,8 @@ def skewed(load: Balance, fair: float) -> bool:
 
 def uneven(load: Balance, fair: float) -> bool:
     """Whether the busiest expert is clearly above an even share."""
-    return load.max_vio > max(LIMITS.even_max_vio, LIMITS.luck * fair)
+    most = load.point.num_experts / load.point.top_k - 1
+    return load.max_vio > max(min(LIMITS.even_max_vio, LIMITS.even_part * most), LIMITS.luck * fair)
 
 
 def missing(load: Balance) -> bool:
@@ -99,7 +108,9 @@ def apart(shares: DomainShare) -> bool:
 
 def keeps(repeats: Repetition) -> bool:
     """Whether consecutive tokens share their first choice clearly more often than independent ones."""
-    return repeats.first > LIMITS.repeats * repeats.first_null
+    null = repeats.first_null
+    error = math.sqrt(null * (1 - null) / repeats.pairs)
+    return repeats.first > max(LIMITS.repeats * null, null + LIMITS.repeats_errors * error)
 
 
 def flags(stream: Stream, number: int) -> list[str]:

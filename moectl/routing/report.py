@@ -1,13 +1,14 @@
-"""All that is said of one model or trace, or of two: analyses, verdict, what stands out, differences, masks."""
+"""All that is said of one model or trace, or of several: analyses, verdict, what stands out, differences, masks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from moectl.report.output import Cell
 from moectl.routing.analysis import Analysis, analyse, compared, difference_rows, plain, to_json
+from moectl.routing.course import Course, course
 from moectl.routing.study import Study
 from moectl.routing.surprises import Surprise, surprises
 from moectl.routing.verdict import Card, verdict
@@ -27,6 +28,7 @@ class Report:
     Attributes:
         analysis: of what was named first.
         other: of what it is compared with, and `differences`, what differs, by stream.
+        courses: how routing settled over more than two checkpoints, of which `other` is the last, by stream.
         losses: of the first model under masks.
         weights: how alike its experts are, by layer, if that was asked for.
     """
@@ -34,6 +36,7 @@ class Report:
     analysis: Analysis
     other: Analysis | None = None
     differences: Mapping[str, Differences] | None = None
+    courses: Mapping[str, Course] = field(default_factory=dict)
     losses: Losses | None = None
     weights: tuple[Alike, ...] = ()
 
@@ -70,6 +73,7 @@ class Report:
             "model": to_json(self.analysis),
             "other": None if self.other is None else to_json(self.other),
             "differences": plain(self.differences),
+            "courses": {stream: found.to_json() for stream, found in self.courses.items()},
             "masks": None if self.losses is None else _losses(self.losses),
             "weights": [_alike(each) for each in self.weights],
         }
@@ -83,16 +87,31 @@ def report(
     adjacent: bool = False,
     seed: int = 0,
 ) -> Report:
-    """Analyse one or two studies and compare the two; `losses` and `weights` are of the first.
+    """Analyse the first study and the last, and compare all; `losses` and `weights` are of the first.
 
     Raises:
-        InputError: the two are not of the same tokens and layers.
+        InputError: they are not of the same tokens and layers.
     """
-    one, *rest = (analyse(study.name, study.recordings, adjacent=adjacent, seed=seed) for study in studies)
-    if not rest:
+    first, last = studies[0], studies[-1]
+    one = analyse(first.name, first.recordings, adjacent=adjacent, seed=seed)
+    if len(studies) == 1:
         return Report(one, losses=losses, weights=tuple(weights))
-    other = replace(rest[0], name=f"{one.name} (other)") if rest[0].name == one.name else rest[0]
-    return Report(one, other, compared(one, other), losses, tuple(weights))
+    other = analyse(last.name, last.recordings, adjacent=adjacent, seed=seed)
+    other = replace(other, name=f"{one.name} (other)") if other.name == one.name else other
+    return Report(one, other, compared(one, other), _courses(studies), losses, tuple(weights))
+
+
+def _courses(studies: Sequence[Study]) -> dict[str, Course]:
+    """Nothing for two: their differences say it."""
+    if len(studies) < 3:
+        return {}
+    names = [study.name for study in studies]
+    unique = [name if names.count(name) == 1 else f"{name} ({at})" for at, name in enumerate(names, 1)]
+    return {
+        stream: course(unique, [study.recordings[stream].trace for study in studies])
+        for stream, recording in studies[0].recordings.items()
+        if len(recording.trace) and all(stream in study.recordings for study in studies)
+    }
 
 
 def _alike(each: Alike) -> dict[str, Any]:

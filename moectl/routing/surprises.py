@@ -67,7 +67,7 @@ def _all(stream: Stream) -> Iterator[Surprise]:
             others = share - contrast(shares)
             text = (
                 f"expert {expert} serves {percent(share)} of the tokens of {name}, "
-                f"{percent(others)} of the typical domain's (even: {percent(shares.chance)})"
+                f"{percent(others)} of those of the typical other domain (even: {percent(shares.chance)})"
             )
             yield _surprise("domain", shares.point.label, expert, text, share, max(others, shares.chance / 8))
     for repeats in stream.repetition:
@@ -83,7 +83,7 @@ def _all(stream: Stream) -> Iterator[Surprise]:
             load = stream.balance[stream.points.index(both.point)]
             null = max(both.chance, float(load.share_E[[one, other]].min()) * both.point.top_k)
             if share > 2 * null:
-                text = f"experts {one} and {other} go together: {percent(share)} of the tokens of either have both"
+                text = f"experts {one} and {other} go together in {percent(share)} of their tokens or more"
                 yield _surprise("pair", both.point.label, one, f"{text} (by their loads {percent(null)})", share, null)
     for step in stream.flow:
         yield from _flow(step.source.label, step.target.label, step.count_EE)

@@ -14,7 +14,7 @@ import numpy as np
 
 from moectl.report.heat import SEQUENTIAL
 from moectl.report.output import Cell
-from moectl.routing.analysis import Analysis, Stream
+from moectl.routing.analysis import Analysis, Stream, difference_rows
 from moectl.routing.judge import flags
 from moectl.routing.report import Report
 from moectl.routing.verdict import SIGNS
@@ -48,11 +48,13 @@ def table(analysis: Analysis, encoding: str = "utf-8") -> tuple[list[str], list[
     return COLUMNS, rows
 
 
-def full(analysis: Analysis) -> tuple[list[str], list[list[Cell]]]:
-    """Columns and rows for a pipe: every number of `MEASURES` that is known of some layer."""
+def full(found: Report) -> tuple[list[str], list[list[Cell]]]:
+    """Columns and rows for a pipe: every number of `MEASURES`, and of `DIFFERENCES`, that is known of some layer."""
+    differing = {stream: difference_rows(each) for stream, each in (found.differences or {}).items()}
     rows = [
-        {"stream": stream.name, **row, "flags": ", ".join(flags(stream, number))}
-        for stream in analysis.streams
+        {"stream": stream.name, **row, **(differing[stream.name][number] if stream.name in differing else {})}
+        | {"flags": ", ".join(flags(stream, number))}
+        for stream in found.analysis.streams
         for number, row in enumerate(stream.rows)
     ]
     columns = [*dict.fromkeys(name for row in rows for name in row if name != "flags"), "flags"]
@@ -139,8 +141,10 @@ def words(found: Report, width: int = 80) -> list[str]:
         worst = max(differences.layers, key=lambda each: each.ids)
         other = found.other.name if found.other else ""
         told = f"Against {other}, {stream}: {percent(differences.tokens)} of the tokens take another way somewhere."
-        told += f" Most in layer {worst.point.label}: {percent(worst.ids)} of a token's experts are others."
-        lines += ["", *_wrapped(told, width, "  ")]
+        told += f" Most in layer {worst.point.label}: {percent(worst.ids)} of a token's experts are others"
+        lines += ["", *_wrapped(f"{told} ({percent(worst.ids_chance)} if independent).", width, "  ")]
+    for stream, course in found.courses.items():
+        lines += ["", *_wrapped(course.told(stream), width, "  ")]
     if found.weights:
         most = max(found.weights, key=lambda each: each.closest[2])
         one, two, cosine = most.closest

@@ -81,7 +81,7 @@ def balance_card(stream: Stream) -> Card:
     share = percent(worst.busiest_share)
     detail = [
         f"Worst in layer {worst.point.label}: expert {worst.busiest} gets {times}, {share} of the tokens.",
-        f"A fair lot would give {1 + fair:.3g} times.",
+        f"A fair lot would give {1 + fair:.2f} times.",
         f"Fewest in effect: {fewest.effective:.1f} of {fewest.point.num_experts}, in layer {fewest.point.label}.",
     ]
     if tilted and not stream.domains:
@@ -116,7 +116,8 @@ def domain_cards(stream: Stream) -> list[Card]:
     clear = bool(parted)
     if stream.separation:
         token, document = stream.separation.token, stream.separation.document
-        clear |= token.accuracy_interval[0] > token.chance_accuracy and document.accuracy_interval[0] > 0.9
+        beyond_chance = all(told.accuracy_interval[0] > told.chance_accuracy for told in (token, document))
+        clear |= beyond_chance and document.accuracy > LIMITS.told
         detail.append(
             f"From the first choices of one token its domain has probability {percent(token.probability)} "
             f"({between(token.probability_interval)}; chance {percent(token.chance_probability)}). Those of a document "
@@ -156,7 +157,10 @@ def word_cards(stream: Stream) -> list[Card]:
 def locality_card(stream: Stream) -> Card:
     """Do consecutive tokens share experts, and would keeping a quarter of them at hand help?"""
     shares, even = zip(*((row["hot"], row["hot_chance"]) for row in stream.rows), strict=True)
-    hot = f"The busiest quarter of the experts takes {_span(shares)} of the assignments ({_span(even)} if even)."
+    quarter = "The busiest quarter of the experts takes"
+    if stream.hot[0].held_out_E is not None:
+        quarter = "The quarter of the experts that is busiest in one half of the documents takes, in the other,"
+    hot = f"{quarter} {_span(shares)} of the assignments ({_span(even)} if even)."
     if not stream.repetition:
         return Card("Locality", "none", "Not known whether consecutive tokens share experts", hot)
     most = max(stream.repetition, key=lambda each: each.first - each.first_null)
@@ -199,10 +203,13 @@ def doubts(analysis: Analysis) -> list[str]:
 
 
 def contrast(shares: DomainShare) -> float:
-    """By how much the strongest domain's share of an expert exceeds that of the typical domain."""
+    """By how much the strongest domain's share of an expert exceeds that of the typical other domain."""
     if shares.strongest is None:
         return 0.0
-    return shares.strongest[2] - float(np.median(shares.share_DE[:, shares.strongest[1]]))
+    _name, expert, share = shares.strongest
+    used_D = np.sort(shares.share_DE[shares.share_DE.any(1), expert])
+    others = used_D[:-1] if len(used_D) > 1 else [shares.chance]
+    return share - float(np.median(others))
 
 
 def _layers(loads: Sequence[Balance]) -> str:

@@ -78,7 +78,7 @@ def test_colour_is_only_where_it_is_wanted(
 
 
 def test_a_pipe_gets_numbers_alone() -> None:
-    columns, rows = terminal.full(analysed(collapsed=[2]))
+    columns, rows = terminal.full(Report(analysed(collapsed=[2])))
     assert columns[:4] == ["stream", "layer", "experts", "top_k"] and columns[-1] == "flags"
     assert rows[2][columns.index("max_vio")] == 3.0 and rows[2][columns.index("max_vio_fair")] < 0.2
     assert "collapsed" in str(rows[2][-1])

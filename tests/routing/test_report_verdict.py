@@ -178,7 +178,7 @@ def test_any_shape_has_a_verdict_a_table_and_a_page(
     report = Report(analysed(made))
     assert all(len(line) <= 80 for line in terminal.words(report))
     assert all(len(line) <= 80 for line in terminal.strip(report.analysis, 80))
-    columns, rows = terminal.full(report.analysis)
+    columns, rows = terminal.full(report)
     assert len(rows) == layers and all(len(row) == len(columns) for row in rows)
     assert "<h1>" in render(report) and json_text("s", report.to_json())
 

@@ -15,6 +15,7 @@ from moectl.routing.words import percent
 from moectl.traces.change import Differences
 
 if TYPE_CHECKING:
+    from moectl.routing.course import Course
     from moectl.routing.rerun import Losses
     from moectl.routing.weights import Alike
 
@@ -37,7 +38,7 @@ def comparison(one: Analysis, other: Analysis, differences: Mapping[str, Differe
         series = [
             Line("experts changed", [each.ids for each in found.layers]),
             Line("first choice changed", [each.first for each in found.layers]),
-            Line("by chance, experts", [1 - each.point.top_k / each.point.num_experts for each in found.layers], True),
+            Line("experts, if independent", [each.ids_chance for each in found.layers], True),
         ]
         if all(each.weights is not None for each in found.layers):
             series.insert(2, Line("weight moved", [each.weights for each in found.layers]))
@@ -47,7 +48,7 @@ def comparison(one: Analysis, other: Analysis, differences: Mapping[str, Differe
         svg = lines(head, told, places, series, ("layer", "share"))
         caption = (
             f"{one.name} against {other.name}, token by token. Experts: of a token's experts, those it has not in the "
-            "other; weight: how much of the mixture moved; by chance: for independent even choices."
+            "other; weight: how much of the mixture moved; dashed: for independent choices with these loads."
         )
         yield Heading(f"Compared with {other.name}")
         yield Figure(head, svg, caption, f"{stream.name}-difference")
@@ -62,6 +63,30 @@ def comparison(one: Analysis, other: Analysis, differences: Mapping[str, Differe
             ["layer", *(f"{name.replace('_', ' ')}{end}" for name in COMPARED for end in ("", ", other"))],
             shortened(rows),
         )
+
+
+def courses(found: Mapping[str, Course]) -> Iterator[Part]:
+    """How routing settled over more than two checkpoints."""
+    for stream, course in found.items():
+        last, layers = course.names[-1], course.saturation[0]
+        places = [each.point.label for each in layers]
+        series = [
+            Line(name, [each.value for each in settled])
+            for name, settled in zip(course.names, course.saturation, strict=False)
+        ]
+        series.append(Line("if independent", [each.chance_loads for each in layers], True))
+        had = sum(each.value for each in layers) / len(layers)
+        head = f"{course.names[0]} chose {percent(had)} of the experts that {last} chooses for the same token"
+        svg = lines(head, course.told(stream), places, series, ("layer", "share of a token's experts"))
+        caption = (
+            f"Saturation: of a token's experts in {last}, those it had before; mean over tokens. Dashed: independent "
+            f"choices with the loads of {course.names[0]} and {last}."
+        )
+        yield Heading(f"Towards {last}")
+        yield Figure(head, svg, caption, f"{stream}-saturation")
+        rows: list[list[Cell]] = [[each.point.label, *each.share_C.tolist()] for each in course.fluctuation]
+        yield Paragraph(f"Share of the tokens whose first choice, there or later, was not yet that of {last}:")
+        yield Table(["layer", *course.names[:-1]], shortened(rows))
 
 
 def masked(losses: Losses) -> Iterator[Part]:

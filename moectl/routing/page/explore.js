@@ -24,14 +24,16 @@ function explore(root, stream) {
     ids: stream.text.ids.map(numbers),
     weights: stream.text.weights.map(each => each && bytes(each)),
   };
-  const spans = [];
+  const spans = [], bounds = [];
   if (text) {
     let place = 0;
     for (const document of stream.text.documents) {
+      const own = [place, place + document.pieces.length];
       sample.append(make('span', document.name, {class: 'document'}));
       for (const piece of document.pieces) {
         const span = make('span', piece, {'data-at': place++});
         spans.push(span);
+        bounds.push(own);
         sample.append(span);
       }
     }
@@ -136,9 +138,10 @@ function explore(root, stream) {
         if (chosen(place, rank) === expert) found.push([place, text.weights[layer] ? text.weights[layer][place * k + rank] : k - rank]);
     const visible = words => words.replace(/\s/g, character => character === '\n' ? '⏎' : ' ');
     return found.sort((a, b) => b[1] - a[1]).slice(0, 8).map(([place]) => {
-      const line = make('span', '', {class: 'around'});
-      line.append(visible(text.pieces.slice(Math.max(0, place - 24), place).join('').slice(-22)),
-        make('mark', visible(text.pieces[place])), visible(text.pieces.slice(place + 1, place + 25).join('').slice(0, 22)));
+      const line = make('span', '', {class: 'around'}), [start, end] = bounds[place];
+      line.append(visible(text.pieces.slice(Math.max(start, place - 24), place).join('').slice(-22)),
+        make('mark', visible(text.pieces[place])),
+        visible(text.pieces.slice(place + 1, Math.min(end, place + 25)).join('').slice(0, 22)));
       return [line, ''];
     });
   }

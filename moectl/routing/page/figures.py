@@ -116,7 +116,7 @@ def by_layer(stream: Stream) -> Iterator[Figure]:
             f"The token id tells {percent(max(most_told.value, 0.0))} of the choice in layer {most_told.point.label}",
             [
                 ("vocabulary", "share one expert gets of an id", False),
-                ("vocabulary_chance", "the same, ids shuffled", True),
+                ("vocabulary_chance", "that share, ids shuffled", True),
                 ("context_independence", "told by the id", False),
                 ("next_layer", "next layer, told by this", False),
             ],
@@ -130,7 +130,7 @@ def by_layer(stream: Stream) -> Iterator[Figure]:
         f"A quarter of the experts takes up to {percent(_float(hottest['hot']) or 0.0)} of the work",
         [("hot", "busiest quarter", False), ("hot_chance", "if even", True)],
         "share of assignments",
-        "The quarter is chosen on one half of the documents and counted on the other, where there are two halves.",
+        "The quarter is the busiest of one half of the documents, counted on the other, where there are two halves.",
         "hot",
     )
 
@@ -191,7 +191,9 @@ def pairs_map(stream: Stream, both: Coactivation) -> Figure | None:
         for colour, edge in zip(SEQUENTIAL, [*edges.tolist(), ceiling], strict=True)
     ]
     one, other, share = both.strongest[0]
-    heading = f"Layer {both.point.label}: experts {one} and {other} go together in {percent(share)} of their tokens"
+    heading = (
+        f"Layer {both.point.label}: experts {one} and {other} go together in {percent(share)} of their tokens or more"
+    )
     names = [str(expert) for expert in kept]
     svg = heat(
         heading,
@@ -219,7 +221,7 @@ def flow_ribbons(stream: Stream, step: Flow) -> Figure | None:
     sources, targets = np.unravel_index(strongest, step.count_EE.shape)
     left, right = _kept(sources, len(from_E)), _kept(targets, len(to_E))
     grouped = _grouped(_grouped(step.count_EE, left).T, right).T
-    caption = "First choices."
+    caption = "Tokens by their first choices in the two layers."
     if len(left) < len(from_E) or len(right) < len(to_E):
         caption = f"First choices: the experts of the {FLOWS} flows that exceed independent layers the most."
         caption += " Others are pooled, grey; what flows between those is left out."

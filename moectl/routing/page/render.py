@@ -11,7 +11,7 @@ from moectl.report.html import Facts, Figure, Heading, Paragraph, Part, Table, p
 from moectl.routing.analysis import MEASURES, Stream
 from moectl.routing.judge import flags
 from moectl.routing.page import figures
-from moectl.routing.page.comparison import alike, comparison, masked, shortened
+from moectl.routing.page.comparison import alike, comparison, courses, masked, shortened
 from moectl.routing.page.payload import FIGURES, payload, spread
 from moectl.routing.page.sureness import NULLS, facts
 from moectl.routing.report import Report
@@ -53,6 +53,7 @@ def render(found: Report, spell: Spell | None = None, command: str = "") -> str:
         parts.append(Raw(_explored(number, stream, len(analysis.streams))))
     if found.other is not None and found.differences is not None:
         parts += comparison(analysis, found.other, found.differences)
+    parts += courses(found.courses)
     if found.losses is not None:
         parts += masked(found.losses)
     if found.weights:

@@ -13,17 +13,18 @@ from moectl.routing.words import percent
 from moectl.traces.trace import Point
 
 NULLS = (
-    ("Balance", "a fair lot: each token draws k of E experts, all equally likely; 200 draws"),
+    ("Balance", "a fair lot: each token draws k of E experts, all equally likely; mean of 200 draws of the loads"),
     (
         "Unseen experts",
         "the mean number of sets of so many experts that a fair lot leaves out, at least the chance of one",
     ),
     ("Domains", "even use, k/E; intervals are 95%, by bootstrap over (blocks of) documents"),
     ("Path to domain", "the domains' frequencies; naive Bayes, tried on documents it was not fitted to"),
-    ("Repetition", "independent tokens with the loads that were measured"),
+    ("Repetition", "independent tokens with the loads that were measured in their domain"),
     ("Words", "token ids shuffled over the tokens"),
     ("Pairs", "even and independent choices, (k - 1)/(E - 1)"),
     ("Flow", "tokens shuffled at the next layer"),
+    ("Change", "independent choices with the loads that were measured in both"),
 )
 
 
