@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from moectl.training.branch import branches
 from moectl.training.byte_llama import BATCH_SIZE, DATA, DOMAINS, SEQUENCE_LENGTH, train_byte_llama
 from moectl.training.metrics import Metrics
 from moectl.training.recipe import TrainRecipe
-from moectl.training.run import Reporting, train
+from moectl.training.run import Outcome, Reporting, train
 from moectl.training.world import World
 from moectl.upcycle.average import plan_average
 from moectl.upcycle.btx import plan_btx
@@ -102,7 +103,7 @@ def quickstart(
     of_seed = directory / "seed"
 
     say(f"1. A seed: a byte-level Llama, {steps.seed} steps on code, prose and arithmetic that come with Python.")
-    train_byte_llama(of_seed, steps=steps.seed, seed=seed, on_step=on_step)
+    _go_on(train_byte_llama(of_seed, steps=steps.seed, seed=seed, on_step=on_step))
 
     say("2. Upcycled to 8 experts, top 2, it is the same function: hashes and logits are compared.")
     difference = _upcycled(of_seed, directory / "upcycled", seed)
@@ -153,7 +154,7 @@ def quickstart(
 
 
 def rows(told: Told) -> list[tuple[Any, ...]]:
-    """The table: each model, its held-out loss of each domain and on average, and the domain its expert serves."""
+    """The table: each model, its held-out loss of each domain and on average, and which has the lowest."""
     best = min(told.loss, key=lambda name: told.loss[name]["mean"])
     table: list[tuple[Any, ...]] = []
     for name, loss in told.loss.items():
@@ -181,7 +182,13 @@ def _upcycled(dense: Path, moe: Path, seed: int) -> float:
 
 def _train(source: Path, recipe: TrainRecipe, out: Path, on_step: Callable[[Metrics], None]) -> None:
     alone = World(0, 1, torch.device("cpu"))
-    train(Checkpoint.open(source), recipe, out, alone, reporting=Reporting(on_step=on_step))
+    _go_on(train(Checkpoint.open(source), recipe, out, alone, reporting=Reporting(on_step=on_step)))
+
+
+def _go_on(outcome: Outcome) -> None:
+    """Let a signal that a training was stopped by do to the whole story what it does without one."""
+    if outcome.signal is not None:
+        signal.raise_signal(outcome.signal)
 
 
 def _served(moe: Path) -> dict[str, dict[str, float]]:
@@ -195,7 +202,11 @@ def _served(moe: Path) -> dict[str, dict[str, float]]:
 
 
 def _make_room(directory: Path, overwrite: bool) -> None:
-    if not directory.exists() or not any(directory.iterdir()):
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise UsageError(f"{escape(str(directory))} is no directory.", "", "Give another.")
+    if not any(directory.iterdir()):
         return
     known = PARTS | {f"{name}.{end}" for name in PARTS for end in ("partial", "untrained", "statistics")}
     ours = {path.name for path in directory.iterdir()} <= known

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from moectl.checkpoint.source import Checkpoint
 from moectl.cli.main import app
 from moectl.errors import UsageError
 from moectl.training import byte_llama
+from moectl.training.metrics import Metrics
 
 MODELS = ["seed", "code", "prose", "arithmetic", "average", "btx", "ensemble (uniform)", "ensemble (posterior)"]
 
@@ -53,7 +55,24 @@ def test_it_makes_and_compares_every_model(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="exists"):
         quickstart.quickstart(place, steps=quickstart.Steps(1, 1, 1), seed=0)
     (place / "mine.txt").write_text("kept")
+    with pytest.raises(UsageError, match="no directory"):
+        quickstart.quickstart(place / "mine.txt", steps=quickstart.Steps(1, 1, 1), seed=0)
     with pytest.raises(UsageError) as caught:
         quickstart.quickstart(place, steps=quickstart.Steps(1, 1, 1), seed=0, overwrite=True)
     assert "holds more" in " ".join(caught.value.lines())
     assert (place / "mine.txt").read_text() == "kept" and (place / "seed").is_dir()
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_an_interruption_ends_the_story(step: int, tmp_path: Path) -> None:
+    """In the seed's training, which has two steps, or in a branch's: what it left is not taken for a model."""
+    heard: list[Metrics] = []
+
+    def interrupt(metrics: Metrics) -> None:
+        heard.append(metrics)
+        if len(heard) == step:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        quickstart.quickstart(tmp_path / "story", steps=quickstart.Steps(2, 2, 1), seed=0, on_step=interrupt)
+    assert len(heard) == step

@@ -179,6 +179,21 @@ def identity(path: Path) -> tuple[int, int] | None:
     return stat.st_dev, stat.st_ino
 
 
+def check_apart(out: Path, source: Path) -> None:
+    """Refuse an output that is, holds or lies in the directory of a source.
+
+    Raises:
+        UsageError: it does.
+    """
+    target, origin = Path(os.path.realpath(out)), Path(os.path.realpath(source))
+    if target == origin or target in origin.parents or origin in target.parents:
+        raise UsageError(
+            f"The output {escape(str(out))} and the source {escape(str(source))} are in one another.",
+            "Sources are never written to.",
+            "Choose another -o.",
+        )
+
+
 def exists_error(out: Path) -> UsageError:
     """The error for an output that is somebody else's."""
     return UsageError(

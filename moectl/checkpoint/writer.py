@@ -24,6 +24,7 @@ from moectl.checkpoint.provenance import fingerprint_of, read_provenance
 from moectl.checkpoint.publish import (
     Race,
     Written,
+    check_apart,
     clear,
     disk_errors,
     exists_error,
@@ -87,15 +88,8 @@ def check_target(plan: Plan, out: Path, *, overwrite: bool = False, worker: Work
             "A worker could not tell the old output from the one that another worker has just published.",
             f"Remove {escape(str(out))} and {escape(str(partial_of(out)))} first, then start the workers.",
         )
-    target = Path(os.path.realpath(out))
     for source in plan.sources:
-        origin = Path(os.path.realpath(source.path))
-        if target == origin or target in origin.parents or origin in target.parents:
-            raise UsageError(
-                f"The output {escape(str(out))} and the source {escape(str(source.path))} are in one another.",
-                "Sources are never written to.",
-                "Choose another -o.",
-            )
+        check_apart(out, source.path)
     if is_occupied(out) and not overwrite and fingerprint_of(out) != plan.fingerprint:
         raise exists_error(out)
 

@@ -30,9 +30,13 @@ def analyze_routing(
             help="Directory, Hub id or hf://org/name@rev; or a trace, of --trace or of another engine.",
         ),
     ],
-    other: Annotated[
-        str | None,
-        typer.Argument(metavar="[OTHER]", help="A second one to compare with, on the same tokens.", show_default=False),
+    others: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[OTHER]...",
+            help="What to compare it with, on the same tokens; several are checkpoints in their order.",
+            show_default=False,
+        ),
     ] = None,
     data: Annotated[
         list[str] | None,
@@ -121,7 +125,7 @@ def analyze_routing(
     what chance gives.
 
     The table has a row per layer; the verdict and what stands out go to stderr. With OTHER, both read the same text and
-    are compared token by token.
+    are compared token by token; of several, each with the last.
     """
     from moectl.report import output
     from moectl.routing import gate
@@ -130,8 +134,8 @@ def analyze_routing(
 
     conditions = [gate.parse(text) for text in fail_on or ()]
     most = output.parse_size(trace_size)
-    _require_place(trace, overwrite)
-    sources = [source for source in (model, other) if source is not None]
+    _require_places(trace, html, overwrite)
+    sources = [model, *(others or ())]
     run = [format is None and is_model(source) for source in sources]
     if not any(run) and (data or generate or layerwise):
         raise UsageError(
@@ -232,12 +236,15 @@ def _alike(study: Study, quiet: bool) -> list[Alike]:
         return alike(study.checkpoint, advance)
 
 
-def _require_place(trace: Path | None, overwrite: bool) -> None:
-    """Refuse a directory that could not be written after all the work."""
+def _require_places(trace: Path | None, html: Path | None, overwrite: bool) -> None:
+    """Refuse places that could not be written after all the work."""
+    from moectl.text import escape
     from moectl.traces.store import require_place
 
     if trace is not None:
         require_place(trace, overwrite=overwrite)
+    if html is not None and html.is_dir():
+        raise UsageError(f"{escape(str(html))} is a directory.", "--html writes one file.", "Give the name of a file.")
 
 
 def _keep(
@@ -282,7 +289,7 @@ def _show(found: Report, files: list[Path], *, json: bool, quiet: bool, by_numbe
     elif sys.stdout.isatty():
         output.emit_table(*terminal.table(found.analysis, sys.stdout.encoding), terminal.TITLE)
     else:
-        output.emit_table(*terminal.full(found.analysis))
+        output.emit_table(*terminal.full(found))
     sys.stdout.flush()
     for warning in found.warnings:
         output.warn(warning)

@@ -42,7 +42,7 @@ def average(
     from time import perf_counter
 
     from moectl.report import output
-    from moectl.upcycle.average import plan_average
+    from moectl.upcycle.average import plan_average, weights_of
     from moectl.upcycle.btx_models import open_models
     from moectl.upcycle.btx_recipe import BtxRecipe, Expert
 
@@ -66,6 +66,7 @@ def average(
         shard_bytes=output.parse_size(shard_size),
         allow_tokenizer_mismatch=allow_tokenizer_mismatch,
     )
+    weights_of(recipe)
     recipe.check()
     opened = open_models(recipe)
     for warning in dict.fromkeys(warning for source in opened.sources for warning in source.warnings):

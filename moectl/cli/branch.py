@@ -31,7 +31,7 @@ def branch(
     dtype: training.Compute = "float32",
     save_every: training.SaveEvery = 100,
     keep: training.Keep = 2,
-    device: training.Device = None,
+    device: training.Device = "auto",
     seed: options.Seed = 0,
     revision: options.Revision = None,
     overwrite: writing.Overwrite = False,

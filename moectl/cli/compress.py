@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,14 +11,8 @@ from moectl.cli import options, writing
 from moectl.errors import MoectlError
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
-
     from moectl.checkpoint.source import Checkpoint
 
-HELDOUT_LENGTH = 256
-HELDOUT_BATCH = 8
-HELDOUT_BATCHES = 2
 BUILTIN = ("builtin:code", "builtin:prose", "builtin:arithmetic")
 _BUILTIN_COST = (
     "Experts are chosen on built-in text: Python's own code and documentation, and sums. What other text needs may be "
@@ -98,9 +91,10 @@ def prune(
 
     from moectl.checkpoint.source import Checkpoint
     from moectl.compress.prune import plan_prune
-    from moectl.compress.prune_calibration import Calibration, scores_for
+    from moectl.compress.prune_calibration import BUILTIN, Calibration, scores_for
     from moectl.compress.prune_layout import layout_of
     from moectl.compress.prune_recipe import PruneRecipe
+    from moectl.compress.prune_scores import never_routed
     from moectl.report import output
 
     how = writing.Writing(
@@ -124,8 +118,11 @@ def prune(
     if layout.extra:
         output.warn(f"{len(layout.extra)} tensors of layers that predict further tokens are left out.")
     calibration = Calibration(tuple(data) if data else None, samples, seq_len, max_tokens, device, dtype)
+    file = None if scores is None or (dry_run and not scores.exists()) else scores
     with writing.statistics(out, dry_run=dry_run) as place:
-        measured = scores_for(layout, recipe, calibration, place, scores, lambda text: output.note(text, quiet=quiet))
+        measured = scores_for(layout, recipe, calibration, place, file, lambda text: output.note(text, quiet=quiet))
+    if measured and (unseen := never_routed(measured)):
+        output.note(f"{unseen} of {len(layout.layers) * layout.experts} experts were given no token.", quiet=quiet)
     if measured and measured.about.get("data") == list(BUILTIN):
         output.warn(_BUILTIN_COST)
     plan = plan_prune(layout, recipe, measured)
@@ -144,36 +141,12 @@ def prune(
 
 def _probed(source: Checkpoint, out: Path, specs: tuple[str, ...], device: str, *, quiet: bool) -> dict[str, Any]:
     """Loss and generation of both models by domain, said on stderr; or why not, as the output stands anyway."""
-    from functools import partial
-
     from moectl.checkpoint.source import Checkpoint
-    from moectl.evaluation.heldout import heldout_batches
-    from moectl.evaluation.memory import available_memory
-    from moectl.evaluation.probe import probe
-    from moectl.layerwise.quiet import quiet as quietly
-    from moectl.layerwise.tokenizer import encoder, load_tokenizer, separator
-    from moectl.layerwise.whole import device_named, dtype_named
+    from moectl.evaluation.probe import probe_checkpoints
     from moectl.report import output
 
-    place = device_named(device)
-    dtype = dtype_named("auto", place)
-    size = 4 * sum(math.prod(ref.shape) for ref in source.tensors.values()) if place.type == "cpu" else source.nbytes
-    if size > available_memory() // 2:
-        output.note("Loss and generation were not measured: MODEL takes more than half of the free memory.")
-        return {}
     try:
-        tokenizer = load_tokenizer(source)
-        batches = heldout_batches(
-            specs,
-            encoder(tokenizer),
-            eos_id=separator(source, tokenizer),
-            sequence_length=HELDOUT_LENGTH,
-            batch_size=HELDOUT_BATCH,
-            max_batches=HELDOUT_BATCHES,
-        )
-        with quietly():
-            before = partial(_loaded, source, dtype, place)
-            found = probe(before, partial(_loaded, Checkpoint.open(out), dtype, place), batches)
+        found = probe_checkpoints(source, Checkpoint.open(out), specs, device)
     except MoectlError as error:
         output.note(f"Loss and generation were not measured: {error.what}")
         return {}
@@ -188,9 +161,3 @@ def _probed(source: Checkpoint, out: Path, specs: tuple[str, ...], device: str, 
         if each.broken:
             output.warn(f"Generation breaks on {domain}: {each.broken}. Remove fewer experts, or choose on such text.")
     return {"domains": {domain: each.to_json() for domain, each in found.items()}}
-
-
-def _loaded(checkpoint: Checkpoint, dtype: Any, device: torch.device) -> PreTrainedModel:
-    from moectl.layerwise.whole import load
-
-    return load(checkpoint, dtype).to(device)

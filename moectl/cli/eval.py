@@ -56,7 +56,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens per domain, of the first model's.")] = 32768,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens per domain, as the first model counts.")] = 32768,
     seq_len: Annotated[
         int | None,
         typer.Option(

@@ -41,6 +41,7 @@ def pesc(
     import shlex
     from time import perf_counter
 
+    from moectl.checkpoint.publish import check_apart
     from moectl.errors import UsageError
     from moectl.report import output
     from moectl.upcycle.pesc import Base, PescRecipe, plan_pesc
@@ -78,7 +79,7 @@ def pesc(
     recipe.check()
     how.check()
     base = Base.open(dense, revision)
-    base.check_apart_from(out)
+    check_apart(out, base.path)
     plan = plan_pesc(base, recipe)
     writing.carry_out(
         plan,

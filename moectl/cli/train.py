@@ -65,7 +65,7 @@ def train(
             help="Show the steps in tensorboard or wandb too (needs moectl[log]); repeatable.", show_default=False
         ),
     ] = None,
-    device: training.Device = None,
+    device: training.Device = "auto",
     seed: options.Seed = 0,
     revision: options.Revision = None,
     dry_run: Annotated[

@@ -30,7 +30,7 @@ Clip = Annotated[float, typer.Option(help="Largest norm of the gradient.")]
 Compute = Annotated[str, typer.Option(help="float32, or bfloat16 for autocast; weights are trained in float32.")]
 SaveEvery = Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")]
 Keep = Annotated[int, typer.Option(min=1, help="Checkpoints that are kept while training.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.", show_default=False)]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
 def train_shown(

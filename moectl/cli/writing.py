@@ -159,6 +159,7 @@ def statistics(out: Path, *, dry_run: bool) -> Iterator[Path]:
         with TemporaryDirectory() as place:
             yield Path(place)
     else:
+        out = out if out.name else out.absolute()  # as of "."
         yield out.with_name(f"{out.name}.statistics")
 
 

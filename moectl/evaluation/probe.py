@@ -8,15 +8,24 @@ people wrote, and does not go in circles more than before. Legend: N texts, P to
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from moectl.evaluation.heldout import heldout_loss
+from moectl.checkpoint.source import Checkpoint
+from moectl.errors import InputError, MachineError
+from moectl.evaluation.heldout import heldout_batches, heldout_loss
+from moectl.evaluation.memory import available_memory
+from moectl.layerwise.quiet import quiet
+from moectl.layerwise.skeleton import read_config
+from moectl.layerwise.tokenizer import encoder, load_tokenizer, separator
+from moectl.layerwise.whole import device_named, dtype_named, load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,6 +34,8 @@ GIVEN = 32
 WRITTEN = 64
 TEXTS = 8
 """Of a domain that are continued."""
+LENGTH, BATCHES = 256, 2
+"""Tokens of a held-out text, and batches of `TEXTS` of them that the loss is of."""
 GRAM = 4
 MORE_REPEATED = 0.25
 """Share of 4-grams repeated, above that of the original: a quarter more of the text is then a copy of itself."""
@@ -63,6 +74,38 @@ class Probe:
         return {**asdict(self), "broken": self.broken}
 
 
+def probe_checkpoints(source: Checkpoint, made: Checkpoint, data: Sequence[str], device: str) -> dict[str, Probe]:
+    """The probe of two checkpoints that share a tokenizer, on the held-out part of `--data`.
+
+    Raises:
+        MachineError: a model would take more than half of the free memory, or there is no such device.
+        InputError: a model or the data cannot be used, or the model has too few positions.
+    """
+    place = device_named(device)
+    dtype = dtype_named("auto", place)
+    size = 4 * sum(math.prod(ref.shape) for ref in source.tensors.values()) if place.type == "cpu" else source.nbytes
+    if size > available_memory() // 2:
+        raise MachineError("The model takes more than half of the free memory.")
+    length = min(LENGTH, getattr(read_config(source), "max_position_embeddings", None) or LENGTH)
+    if length < GIVEN + WRITTEN:
+        raise InputError(f"The model has {length} positions, and texts of {GIVEN + WRITTEN} tokens are looked at.")
+    tokenizer = load_tokenizer(source)
+    batches = heldout_batches(
+        data,
+        encoder(tokenizer),
+        eos_id=separator(source, tokenizer),
+        sequence_length=length,
+        batch_size=TEXTS,
+        max_batches=BATCHES,
+    )
+
+    def loaded(checkpoint: Checkpoint) -> PreTrainedModel:
+        return load(checkpoint, dtype).to(place)
+
+    with quiet():
+        return probe(partial(loaded, source), partial(loaded, made), batches)
+
+
 def probe(
     original: Callable[[], PreTrainedModel],
     changed: Callable[[], PreTrainedModel],
@@ -96,8 +139,9 @@ def written(model: PreTrainedModel, given_NP: np.ndarray) -> np.ndarray:
     from transformers import GenerationConfig
 
     token_NP = torch.from_numpy(given_NP).to(model.device)
-    # No token ends the text, so that all are compared at one length.
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=WRITTEN, eos_token_id=None, pad_token_id=0)
+    # The end is an id that no token has: texts are compared at one length, and without one the model's own would count.
+    end = model.get_input_embeddings().num_embeddings
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=WRITTEN, eos_token_id=end, pad_token_id=0)
     model.eval()
     output = model.generate(token_NP, attention_mask=torch.ones_like(token_NP), generation_config=greedy)
     return output[:, given_NP.shape[1] :].cpu().numpy()

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from moectl.checkpoint.fs import FileSystem
+from moectl.errors import UsageError
+from moectl.text import escape
 from moectl.training.routers import MoeBlock
 
 
@@ -28,6 +30,7 @@ class Metrics:
         loss: of the language model alone, in nats per token.
         aux, z: balancing loss (1 when balanced) and z-loss, mean over the MoE layers; None in a dense model.
         grad_norm: of all gradients together, before clipping.
+        lr: of what is trained beside the routers; `router_lr` where that is nothing.
         tokens_per_second, mfu: of this step, data included and checkpoints not. `mfu` is the share of the speed of a
             large matrix product on the same device, measured at the start of the run.
         load_cv, max_vio: per MoE layer, as `load_cv` and `max_vio` have them.
@@ -53,11 +56,22 @@ class Metrics:
 
 
 class MetricsFile:
-    """The file of one line per step; opened at a step, it forgets what came after it."""
+    """The file of one line per step; opened at a step, it forgets what came after it.
+
+    Raises:
+        UsageError: the file holds something else.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+        try:
+            kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+        except (ValueError, TypeError, KeyError):
+            raise UsageError(
+                f"--metrics {escape(str(path))} holds something else than the steps of a training.",
+                "It would be written over.",
+                "Give another file, or remove this one.",
+            ) from None
         work = path.with_name(path.name + ".writing")
         work.write_text("".join(kept))
         FileSystem().rename(work, path)

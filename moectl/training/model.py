@@ -93,7 +93,7 @@ def check_complete(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
         )
 
 
-def load_encoding(source: Checkpoint, vocab_size: int, *, chat: bool = False) -> Encoding:
+def load_encoding(source: Checkpoint, *, chat: bool = False) -> Encoding:
     """The checkpoint's tokenizer, without special tokens of its own; with its chat template if `chat` is wanted.
 
     Raises:
@@ -114,6 +114,7 @@ def load_encoding(source: Checkpoint, vocab_size: int, *, chat: bool = False) ->
             "Documents are packed one after the other, with that token between them.",
             "Name an eos_token in tokenizer_config.json.",
         )
+    vocab_size = int(source.config.get("vocab_size") or 1 << 62)
     if max(len(tokenizer), eos + 1) > vocab_size:
         raise InputError(
             f"The tokenizer of {escape(source.name)} has {len(tokenizer)} tokens, the model {vocab_size}.",

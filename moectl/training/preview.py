@@ -13,14 +13,14 @@ from torch import nn
 from moectl.checkpoint.fs import free_bytes
 from moectl.checkpoint.journal import partial_of
 from moectl.checkpoint.provenance import fingerprint_of
-from moectl.checkpoint.publish import exists_error, is_occupied
+from moectl.checkpoint.publish import check_apart, exists_error, is_occupied
 from moectl.data.documents import read_documents
 from moectl.layerwise.skeleton import build
 from moectl.training import parameters
 from moectl.training.adapters import Adapter, Source, attach, learning, sources_of
 from moectl.training.checkpoints import Checkpoints
 from moectl.training.hold import is_own
-from moectl.training.model import check_trainable
+from moectl.training.model import check_trainable, load_encoding
 from moectl.training.pesc import pesc_blocks
 from moectl.training.recipe import TrainRecipe
 from moectl.training.routers import moe_blocks
@@ -66,22 +66,26 @@ class Preview:
 def preview(
     source: Source, recipe: TrainRecipe, out: Path, world: World, *, keep: int = 2, overwrite: bool = False
 ) -> Preview:
-    """What `train` would do with these. Only headers and configs are read; `run.check` comes first.
+    """What `train` would do with these; no weights are read. `run.check` comes first.
 
     Raises:
         InputError: the model or the data cannot be used.
-        UsageError: `out` or its partial output is another command's.
+        UsageError: `out` overlaps a source, or it or its partial output is another command's.
     """
     out = Path(os.path.normpath(out.absolute()))
+    for one in sources_of(source):
+        check_apart(out, one.path)
     root, fingerprint = partial_of(out), recipe.fingerprint(*sources_of(source))
     complete = is_occupied(out) and not overwrite
     if complete and fingerprint_of(out) != fingerprint:
         raise exists_error(out)
-    is_own(root, fingerprint)
+    if not complete:
+        is_own(root, fingerprint)
     resumed_from = recipe.steps if complete else Checkpoints(root / "checkpoints", world, keep=keep).where()[0]
 
     base, adapter = sources_of(source)[0], source if isinstance(source, Adapter) else None
     check_trainable(base)
+    load_encoding(base, chat=recipe.has_chat)
     model: nn.Module = build(base, torch.float32, "cpu")
     if adapter:
         model = attach(adapter, model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -12,6 +13,7 @@ from typing import Any
 
 from moectl.checkpoint.plan import source_identity
 from moectl.checkpoint.source import Checkpoint
+from moectl.data.chat import is_chat
 from moectl.data.mixture import Part, parse_parts
 from moectl.errors import UsageError
 
@@ -77,11 +79,11 @@ class TrainRecipe:
         if self.batch_size % self.accumulate:
             raise _bad("accumulate", self.accumulate, f"a divisor of the batch of {self.batch_size} sequences")
         for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise _bad(name.replace("learning_rate", "lr"), getattr(self, name), "positive")
-        for name in ("warmup", "weight_decay", "aux_loss", "z_loss", "bias_update"):
-            if not getattr(self, name) >= 0:
-                raise _bad(name, getattr(self, name), "0 or more")
+            if not 0 < getattr(self, name) < math.inf:
+                raise _bad(name.replace("learning_rate", "lr"), getattr(self, name), "positive and finite")
+        for name in ("router_rate", "warmup", "weight_decay", "aux_loss", "z_loss", "bias_update"):
+            if not 0 <= (getattr(self, name) or 0) < math.inf:
+                raise _bad(name.replace("router_rate", "router_lr"), getattr(self, name), "0 or more, and finite")
         if not 0 <= self.min_rate <= 1:
             raise _bad("min_lr", self.min_rate, "a share of the peak, 0 to 1")
         if self.schedule not in SCHEDULES:
@@ -111,6 +113,11 @@ class TrainRecipe:
     def parts(self) -> tuple[Part, ...]:
         """The data with its weights."""
         return parse_parts(self.data)
+
+    @property
+    def has_chat(self) -> bool:
+        """Whether some of the data are conversations, which need a chat template."""
+        return any(is_chat(part.spec) for part in self.parts)
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plain data."""

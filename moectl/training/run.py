@@ -24,8 +24,7 @@ from torch import nn
 
 from moectl.checkpoint.journal import partial_of
 from moectl.checkpoint.provenance import fingerprint_of
-from moectl.checkpoint.publish import exists_error, is_occupied
-from moectl.data.chat import is_chat
+from moectl.checkpoint.publish import check_apart, exists_error, is_occupied
 from moectl.data.mixture import Row, mixture_rows
 from moectl.data.tokens import BEGINNING
 from moectl.errors import CheckFailed, UsageError
@@ -112,12 +111,15 @@ def train(
         CheckFailed: the loss or the gradient is not finite.
         InputError: the model or the data cannot be used.
         MachineError: another process was lost, or a tracker is not installed or cannot begin.
-        UsageError: `out` or its partial output is another command's, or in use, or it is not meant for an adapter.
+        UsageError: `out` overlaps a source, it or its partial output is another command's or in use, or an option is
+            not meant for this model.
     """
     check(source, recipe, world.size, expert_parallel=expert_parallel, log_to=log_to)
     reporting = reporting or Reporting()
     started = perf_counter()
     out = Path(os.path.normpath(out.absolute()))
+    for one in sources_of(source):
+        check_apart(out, one.path)
     root = partial_of(out)
     fingerprint = recipe.fingerprint(*sources_of(source))
     if is_occupied(out) and not overwrite:
@@ -172,6 +174,12 @@ def check(
             "Every process holds the adapter whole; torchrun spreads its base model over them anyway.",
             "Leave --expert-parallel out.",
         )
+    if recipe.bias_update and isinstance(source, Adapter):
+        raise UsageError(
+            "--bias-update moves the base model's selection biases, and this is an adapter.",
+            "What is written is the adapter, which cannot hold changes of the base model.",
+            "Leave --bias-update out.",
+        )
 
 
 class Run:
@@ -191,8 +199,7 @@ class Run:
         self.adapter = source if isinstance(source, Adapter) else None
         base = sources_of(source)[0]
         # First: that there is no tokenizer or no such file should not take the time to load a model to say.
-        chat = any(is_chat(part.spec) for part in recipe.parts)
-        encoding = load_encoding(base, int(base.config.get("vocab_size") or 1 << 62), chat=chat)
+        encoding = load_encoding(base, chat=recipe.has_chat)
         self.checkpoints = Checkpoints(root / "checkpoints", world, keep=keep, trained_only=self.adapter is not None)
         self.step, places = self.checkpoints.where()
         self.places = places or [BEGINNING] * len(recipe.parts)
@@ -249,8 +256,9 @@ class Run:
             np.stack(part) for part in zip(*((row.token_L, row.learnt_L) for row in rows), strict=True)
         )
         computed = self.compute.gradients(torch.from_numpy(token_BL), torch.from_numpy(learnt_BL))
-        if not math.isfinite(computed.loss + computed.aux + computed.z):
-            raise self._not_finite("loss", computed.loss, rows)
+        loss = computed.loss + computed.aux + computed.z
+        if not math.isfinite(loss):
+            raise self._not_finite("loss", loss, rows)
         if self.adapter:
             average_gradients(self.trained, self.world)
         norm = self.compute.update(computed, self.trained, self.optimizer, self.schedule)
@@ -273,7 +281,7 @@ class Run:
             else []
         )
         speed = tokens / seconds
-        lr = rates.get("model", rates.get("router", 0.0))
+        lr = next(rates[name] for name in ("model", "experts", "router") if name in rates)
         return Metrics(
             step=self.step,
             loss=computed.loss,

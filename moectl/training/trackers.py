@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,7 @@ class TensorBoard:
         """Show a step."""
         for name, value in scalars(metrics).items():
             self._writer.add_scalar(name, value, metrics.step)
+        self._writer.flush()  # it would keep two minutes of them to itself, which a killed run has lost
 
     def close(self) -> None:
         """Write what is left."""
@@ -44,13 +46,13 @@ class TensorBoard:
 
 
 class WandB:
-    """A run in the project that WANDB_PROJECT names, or moectl; a resumed training goes on in the same run."""
+    """A run in the project that WANDB_PROJECT names, or moectl; a training that is resumed goes on in the same run."""
 
     def __init__(self, root: Path, about: dict[str, Any], fingerprint: str, step: int) -> None:
         self._run = importlib.import_module("wandb").init(
             project=os.environ.get("WANDB_PROJECT", "moectl"),
             name=root.name.removesuffix(".partial"),
-            id=fingerprint[:16],
+            id=hashlib.sha256(f"{fingerprint} {root}".encode()).hexdigest()[:16],
             resume="allow",
             config=about,
         )

@@ -1,7 +1,7 @@
 """The processes of one training: their rank, their device, and the few things they say to each other.
 
 One process needs no launcher. Under `torchrun` the model is sharded over all of them with FSDP2 (`fully_shard`) and
-each takes its slice of every batch. The one file that touches torch.distributed, but for checkpoints.
+each takes its slice of every batch. The one file that calls torch.distributed, but for checkpoints.
 """
 
 from __future__ import annotations
@@ -10,12 +10,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed, nn
 
 from moectl.errors import MachineError, UsageError
 from moectl.text import escape
+
+PATIENCE = timedelta(hours=4)
+"""How long processes wait for one another, as all do while the first one writes the output. NCCL's ten minutes are too
+short for that with a large model; a process that ended is noticed at once either way."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +66,11 @@ class World:
 
 
 @contextmanager
-def joined(device: str | None) -> Iterator[World]:
+def joined(device: str) -> Iterator[World]:
     """Join the processes that torchrun started, if it did, and leave them at the end.
 
     Raises:
-        MachineError: the device is not there, or another process was lost.
+        MachineError: the device is not there, or another process was lost or not found.
         UsageError: the device is no device.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
@@ -75,7 +80,14 @@ def joined(device: str | None) -> Iterator[World]:
         return
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise MachineError(
+            f"Process {rank} of {size} could not join the others: {escape(str(error).splitlines()[0])[:200]}",
+            "WORLD_SIZE says that there are others, whom torchrun tells where to meet.",
+            "Start all of them with torchrun, or unset WORLD_SIZE to train in one process.",
+        ) from error
     try:
         yield World(rank, size, chosen)
     except RuntimeError as error:
@@ -90,13 +102,13 @@ def joined(device: str | None) -> Iterator[World]:
         distributed.destroy_process_group()
 
 
-def _device(name: str | None, local_rank: int | None) -> torch.device:
-    if name is None:
+def _device(name: str, local_rank: int | None) -> torch.device:
+    if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"{escape(name)!r} is no device.", "", "Give cpu, cuda or cuda:1.") from None
+        raise UsageError(f"{escape(name)!r} is no device.", "", "Give auto, cpu, cuda or cuda:1.") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise MachineError("There is no CUDA device.", "torch sees none.", "Train with --device cpu.")
     if device.type == "cuda" and local_rank is not None:

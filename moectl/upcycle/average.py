@@ -10,15 +10,15 @@ import json
 import math
 from typing import Any
 
+from moectl.checkpoint.card import inherited
 from moectl.checkpoint.dtypes import FLOATS, TORCH_NAMES
 from moectl.checkpoint.expressions import Copy, Expression, Mean
 from moectl.checkpoint.plan import Plan, planned
 from moectl.errors import UsageError
 from moectl.families.registry import DENSE
-from moectl.text import escape
+from moectl.text import escape, shown
 from moectl.upcycle.btx_models import Models
 from moectl.upcycle.btx_recipe import BtxRecipe
-from moectl.upcycle.card import inherited
 
 
 def plan_average(models: Models, recipe: BtxRecipe) -> Plan:
@@ -27,11 +27,9 @@ def plan_average(models: Models, recipe: BtxRecipe) -> Plan:
     Of the recipe it reads the models, `average`, `dtype` and `shard_bytes`. Reads no weights.
 
     Raises:
-        UsageError: `average` does not give each model a weight.
+        UsageError: as `weights_of`.
     """
-    base, weights = models.base, recipe.weights()
-    if weights is None:
-        raise UsageError("The base model alone is no average.", "", "Give mean, or one weight per model.")
+    base, weights = models.base, weights_of(recipe)
     cast = TORCH_NAMES.get(recipe.dtype)
 
     def mean(name: str) -> Expression:
@@ -68,6 +66,25 @@ def plan_average(models: Models, recipe: BtxRecipe) -> Plan:
             "exact": False,
         },
     )
+
+
+def weights_of(recipe: BtxRecipe) -> tuple[float, ...]:
+    """One weight per model.
+
+    Raises:
+        UsageError: `average` does not give each model one.
+    """
+    try:
+        weights = recipe.weights()
+    except UsageError:
+        weights = None
+    if weights is None:
+        raise UsageError(
+            f"--weights {shown(recipe.average)!r} are not the weights of {len(recipe.experts)} models.",
+            "Every model has one in the average.",
+            "Give one number of at least 0 per model, such as 2,1,1, or leave it out.",
+        ) from None
+    return weights
 
 
 def _card(models: Models, recipe: dict[str, Any], parameters: int) -> str:

@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from moectl.checkpoint.card import inherited
 from moectl.families.spec import MoeFamily
 from moectl.text import escape
 from moectl.upcycle.btx_models import Models
-from moectl.upcycle.card import inherited
 
 
 def btx_card(models: Models, moe: MoeFamily, recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> str:

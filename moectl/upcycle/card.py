@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
+from moectl.checkpoint.card import inherited
 from moectl.checkpoint.source import Checkpoint
 from moectl.families.spec import MoeFamily
 from moectl.text import escape
 
 EQUIVALENCE_START = "<!-- moectl verify: start -->"
 EQUIVALENCE_END = "<!-- moectl verify: end -->"
-_LICENCE_LINES = re.compile(r"^(license|license_name|license_link|language):[ \t]*\S.*$", re.MULTILINE)
 
 
 def model_card(
@@ -103,15 +102,3 @@ def with_equivalence(card: str, measured: str) -> str:
     if 0 <= start < end:
         return card[:start] + section + card[end + len(EQUIVALENCE_END) :]
     return f"{card.rstrip()}\n\n## Equivalence\n\n{section}\n"
-
-
-def inherited(source: Checkpoint) -> list[str]:
-    """Licence and language lines of the source's own card."""
-    path = source.path / "README.md"
-    try:
-        text = path.read_text(encoding="utf-8")[:100_000]
-    except (OSError, UnicodeDecodeError):
-        return []
-    if not text.startswith("---\n") or "\n---" not in text[4:]:
-        return []
-    return [match.group(0) for match in _LICENCE_LINES.finditer(text[4 : text.index("\n---", 4) + 1])]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -149,20 +148,6 @@ class Base:
             )
         name = found.name if found.commit else str(found.path.absolute())
         return Base(found.path, name, found.commit, family, normalised(family, raw))
-
-    def check_apart_from(self, out: Path) -> None:
-        """Refuse an output that is, holds or lies in the model's directory.
-
-        Raises:
-            UsageError: it does.
-        """
-        target, origin = Path(os.path.realpath(out)), Path(os.path.realpath(self.path))
-        if target == origin or target in origin.parents or origin in target.parents:
-            raise UsageError(
-                f"The output {escape(str(out))} and the model {escape(str(self.path))} are in one another.",
-                "Sources are never written to.",
-                "Choose another -o.",
-            )
 
 
 def plan_pesc(base: Base, recipe: PescRecipe) -> Plan:

@@ -28,6 +28,7 @@ from moectl.checkpoint.expressions import (
     Scale,
     substituted,
 )
+from moectl.checkpoint.kept import identity, kept
 from moectl.checkpoint.plan import Plan, planned
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError, UsageError
@@ -38,7 +39,6 @@ from moectl.families.shapes import check_tensors
 from moectl.families.spec import Config, Ffn, MoeFamily, Pair, PlainMlp
 from moectl.upcycle.block import MoeLayer, check_experts
 from moectl.upcycle.experts import scale_factors, scaled
-from moectl.upcycle.kept import identity, kept
 from moectl.upcycle.planning import facts_of, tensors_of
 from moectl.upcycle.recipe import chosen_layers
 from moectl.upcycle.shared import SILENT_WIDTH

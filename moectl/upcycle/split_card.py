@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moectl.checkpoint.card import inherited
 from moectl.checkpoint.source import Checkpoint
 from moectl.families.spec import MoeFamily
 from moectl.text import escape
-from moectl.upcycle.card import equivalence_and_recipe, inherited, sizes_and_loading
+from moectl.upcycle.card import equivalence_and_recipe, sizes_and_loading
 
 
 def split_card(source: Checkpoint, moe: MoeFamily, recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> str:

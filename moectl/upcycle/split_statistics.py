@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moectl.checkpoint.kept import identity, kept
 from moectl.checkpoint.source import Checkpoint
 from moectl.families.registry import DENSE
 from moectl.layerwise.model import LayerCall, LayerwiseModel
-from moectl.upcycle.kept import identity, kept
 
 ACTIVE_SHARE = 0.1
 """A neuron is active on a token when its activation is among this share of the token's largest in magnitude.

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moectl.checkpoint.kept import identity, kept
 from moectl.checkpoint.source import Checkpoint
 from moectl.data.documents import read_documents
 from moectl.errors import InputError, UsageError
@@ -29,7 +30,6 @@ from moectl.families.registry import DENSE
 from moectl.families.spec import FusedMlp, GatedMlp
 from moectl.text import escape, shown
 from moectl.upcycle.btx_recipe import BtxRecipe, Expert
-from moectl.upcycle.kept import identity, kept
 
 if TYPE_CHECKING:
     import torch

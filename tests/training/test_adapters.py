@@ -189,6 +189,8 @@ def test_what_only_means_on_an_adapter(tmp_path: Path, paths: Paths, data: tuple
         train(open_source(str(paths["lora"])), recipe(data, only="router"), out, ONE)
     with pytest.raises(UsageError, match="expert-parallel"):
         train(open_source(str(paths["pesc"])), recipe(data), out, ONE, expert_parallel=2)
+    with pytest.raises(UsageError, match="selection biases"):
+        train(open_source(str(paths["moe-lora"])), recipe(data, bias_update=1e-3), out, ONE)
     assert not out.with_name("none.partial").exists()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 from moectl.checkpoint.source import Checkpoint
 from moectl.checkpoint.writer import write
 from moectl.cli.main import app
-from moectl.errors import UsageError
+from moectl.errors import InputError, UsageError
 from moectl.training.adapters import open_source
 from moectl.training.preview import Preview, preview
 from moectl.training.run import Facts, Reporting, Run, train
@@ -112,9 +113,23 @@ def test_it_says_where_the_run_would_begin(tmp_path: Path, sources: dict[str, Pa
     train(source, recipe, out, ONE, reporting=Reporting(heard.append))
     assert heard[0].resumed_from == 1
     assert preview(source, recipe, out, ONE).complete
+    beside = tmp_path / "out.partial"
+    beside.mkdir()
+    (beside / "mine.txt").touch()
+    assert preview(source, recipe, out, ONE).complete, "what lies beside a complete output does not matter, as in train"
+    shutil.rmtree(beside)
+    with pytest.raises(UsageError, match="in one another"):
+        preview(source, recipe, sources["moe"], ONE, overwrite=True)
     with pytest.raises(UsageError, match="exists"):
         preview(source, models.recipe(data, steps=4), out, ONE)
     assert not preview(source, models.recipe(data, steps=4), out, ONE, overwrite=True).complete
+
+
+def test_it_refuses_data_that_the_run_would_refuse(tmp_path: Path, sources: dict[str, Path]) -> None:
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text('{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}\n')
+    with pytest.raises(InputError, match="chat template"):
+        preview(open_source(str(sources["moe"])), models.recipe((str(chat),)), tmp_path / "out", ONE)
 
 
 def test_the_command_prints_it(tmp_path: Path, sources: dict[str, Path], data: tuple[str, str]) -> None:

@@ -32,6 +32,9 @@ class Writer:
         assert HEARD["open"]
         HEARD["scalars"].append((step, name, value))
 
+    def flush(self) -> None:
+        HEARD["flushed"] = len(HEARD["scalars"])
+
     def close(self) -> None:
         HEARD["open"] = False
 
@@ -82,6 +85,7 @@ def test_tensorboard_hears_every_number_of_every_step(tmp_path: Path, inputs: An
         for name in ("load_cv", "max_vio"):
             line |= {f"{name}/{layer}": value for layer, value in enumerate(line.pop(name))}
         assert heard == line
+    assert HEARD["flushed"] == len(HEARD["scalars"]), "a run that is killed has lost nothing that was told"
     assert "wandb" not in sys.modules, "nobody asked for it"
 
 
@@ -93,13 +97,16 @@ def test_wandb_goes_on_in_the_same_run(
     train(source, recipe, tmp_path / "out", ONE, log_to=["wandb"])
     given = HEARD["given"]
     assert (given["project"], given["name"], given["resume"]) == ("moectl", "out", "allow")
-    assert given["config"] == recipe.to_json() and given["id"] == recipe.fingerprint(source)[:16]
+    assert given["config"] == recipe.to_json()
     assert [step for step, _ in HEARD["logged"]] == [1, 2] and not HEARD["open"]
     assert HEARD["logged"][1][1]["loss"] == read_metrics(tmp_path / "out" / "train" / "metrics.jsonl")[1]["loss"]
 
+    train(source, recipe, tmp_path / "out", ONE, log_to=["wandb"], overwrite=True)
+    assert HEARD["given"]["id"] == given["id"]
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     train(source, recipe, tmp_path / "other", ONE, log_to=["wandb"])
     assert HEARD["given"]["project"] == "mine"
+    assert HEARD["given"]["id"] != given["id"], "W&B would drop the steps that the run of another output has already"
 
 
 def test_what_cannot_be_told_is_said_before_training(

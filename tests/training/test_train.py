@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -29,7 +30,7 @@ from moectl.checkpoint.source import Checkpoint
 from moectl.checkpoint.writer import write
 from moectl.cli.main import app
 from moectl.data.mixture import mixture_rows
-from moectl.errors import CheckFailed, InputError, UsageError
+from moectl.errors import CheckFailed, InputError, MachineError, UsageError
 from moectl.integrations.transformers import NAME
 from moectl.training import run
 from moectl.training.live import sparkline
@@ -37,6 +38,7 @@ from moectl.training.metrics import MetricsFile, read_metrics
 from moectl.training.model import load_encoding
 from moectl.training.recipe import TrainRecipe
 from moectl.training.run import Reporting, train
+from moectl.training.world import joined
 from moectl.upcycle.recipe import SparseRecipe
 from moectl.upcycle.sparse import plan_sparse
 
@@ -123,7 +125,7 @@ def test_the_loss_on_answers_is_that_of_transformers_with_masked_labels(tmp_path
     data = tmp_path / "talk.jsonl"
     data.write_text("".join(line % (number, number) for number in range(80)))
     out = trained(path, models.recipe((str(data),), steps=1), tmp_path / "out")
-    encoding = load_encoding(Checkpoint.open(path), 258, chat=True)
+    encoding = load_encoding(Checkpoint.open(path), chat=True)
     rows = mixture_rows(
         models.recipe((str(data),)).parts,
         encoding.encode,
@@ -146,13 +148,16 @@ def test_what_is_frozen_stays_and_the_router_has_its_own_rate(tmp_path: Path, mo
     before = models.tensors(moe)
     for name, options, moves in (
         ("frozen", {"freeze_experts": True}, lambda tensor: ".experts." not in tensor),
+        ("experts", {"only": "experts"}, lambda tensor: ".experts." in tensor),
         ("router", {"only": "router", "router_rate": 0.5}, lambda tensor: ".gate." in tensor and "proj" not in tensor),
     ):
         out = trained(moe, models.recipe(data, steps=2, warmup=0, **options), tmp_path / name)
         for tensor, value in models.tensors(out).items():
             assert torch.equal(value, before[tensor]) != moves(tensor), (name, tensor)
     last = read_metrics(tmp_path / "router" / "train" / "metrics.jsonl")[0]
-    assert last["router_lr"] == 0.5
+    assert last["router_lr"] == last["lr"] == 0.5
+    of_experts = read_metrics(tmp_path / "experts" / "train" / "metrics.jsonl")[0]
+    assert of_experts["lr"] == models.recipe(data).learning_rate, "the rate of what is trained, where the rest is not"
     moved = models.tensors(tmp_path / "router")["model.layers.0.mlp.gate.weight"]
     assert (moved - before["model.layers.0.mlp.gate.weight"]).abs().max() > 0.3, "Adam's step is about its rate"
 
@@ -223,7 +228,16 @@ def test_a_loss_that_is_not_finite_names_step_data_and_checkpoint(tmp_path: Path
 
 
 def test_what_cannot_be_trained_is_refused(tmp_path: Path, moe: Path, data: tuple[str, str]) -> None:
-    for wrong in ({"batch_size": 5}, {"schedule": "sine"}, {"dtype": "int8"}, {"clip": 0.0}, {"only": "nothing"}):
+    for wrong in (
+        {"batch_size": 5},
+        {"schedule": "sine"},
+        {"dtype": "int8"},
+        {"clip": 0.0},
+        {"only": "nothing"},
+        {"learning_rate": math.inf},
+        {"router_rate": -1e-3},
+        {"z_loss": math.nan},
+    ):
         with pytest.raises(UsageError):
             train(Checkpoint.open(moe), models.recipe(data, **wrong), tmp_path / "out", ONE)
     with pytest.raises(UsageError, match="3 processes"):
@@ -231,6 +245,9 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path, moe: Path, data: tupl
     with pytest.raises(InputError, match="does not exist"):
         train(Checkpoint.open(moe), models.recipe(("no.jsonl",)), tmp_path / "out", ONE)
     assert not (tmp_path / "out.partial").exists(), "nothing is left that would refuse the next command"
+    for out in (moe, moe.parent, moe / "trained"):
+        with pytest.raises(UsageError, match="in one another"):
+            train(Checkpoint.open(moe), models.recipe(data), out, ONE, overwrite=True)
     (tmp_path / "mine.partial").mkdir()
     (tmp_path / "mine.partial" / "thesis.txt").write_text("")
     with pytest.raises(UsageError, match="another command"):
@@ -242,6 +259,23 @@ def test_a_metrics_file_forgets_what_comes_again(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     MetricsFile(path, 2).close()
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize("text", ["my thesis\n", '{"text": "a document"}\n', "[1]\n"])
+def test_a_file_of_something_else_is_not_written_over(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text(text)
+    with pytest.raises(UsageError, match="something else"):
+        MetricsFile(path, 0)
+    assert path.read_text() == text
+
+
+def test_processes_that_cannot_meet_are_an_error_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(MachineError, match="could not join"), joined("cpu"):
+        pass
 
 
 def test_a_sparkline_fits() -> None:

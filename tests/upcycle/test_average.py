@@ -61,7 +61,7 @@ def test_models_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="model_type"):
         averaged([tmp_path / "llama", tmp_path / "qwen3"], tmp_path / "out")
     for average in ("base", "1,2,3"):
-        with pytest.raises(UsageError, match="average"):
+        with pytest.raises(UsageError, match="--weights"):
             averaged([tmp_path / "llama"] * 2, tmp_path / "out", average=average)
     assert not (tmp_path / "out").exists()
 

@@ -19,20 +19,29 @@ from moectl.checkpoint.fs import FileSystem
 from moectl.checkpoint.plan import source_identity
 from moectl.checkpoint.source import Checkpoint
 
+Compute = Callable[[], Mapping[str, np.ndarray]]
 
-def kept(
-    directory: Path, kind: str, decides: Mapping[str, Any], compute: Callable[[], Mapping[str, np.ndarray]]
-) -> Checkpoint:
+
+def kept(directory: Path, kind: str, decides: Mapping[str, Any], compute: Compute) -> Checkpoint:
     """The tensors that `compute` gives, as a safetensors file in `directory`; one that is there is taken as it is.
 
     Args:
         kind: what the file's name begins with.
         decides: all that the tensors follow from, as JSON; its hash is the rest of the name.
     """
+    return kept_file(directory / kept_name(kind, decides), compute)
+
+
+def kept_name(kind: str, decides: Mapping[str, Any]) -> str:
+    """The name under which `kept` keeps statistics."""
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-    path = directory / f"{kind}-{key[:16]}.safetensors"
+    return f"{kind}-{key[:16]}.safetensors"
+
+
+def kept_file(path: Path, compute: Compute, about: Mapping[str, str] | None = None) -> Checkpoint:
+    """The same under a name of its own; `about` goes into the metadata of a file that is made."""
     if not path.exists():
-        _write(path, compute())
+        _write(path, compute(), about or {})
     return Checkpoint.of_file(path)
 
 
@@ -42,13 +51,13 @@ def identity(source: Checkpoint) -> dict[str, Any]:
     return {"base": source_identity(source), "stats": stats}
 
 
-def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def _write(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, str]) -> None:
     """Write the file so that it is absent or whole; of two processes the first one's stays."""
     from safetensors.numpy import save
 
     path.parent.mkdir(parents=True, exist_ok=True)
     work = path.with_name(f".{path.name}.{os.getpid()}")
-    work.write_bytes(save(dict(arrays), metadata={"format": "moectl.statistics/1"}))
+    work.write_bytes(save(dict(arrays), metadata={"format": "moectl.statistics/1", **about}))
     try:
         FileSystem().rename_new(work, path)
     except FileExistsError:
