@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from moectl.checkpoint.provenance import verify_hashes
-from moectl.checkpoint.source import Checkpoint
+from moectl.checkpoint.source import Checkpoint, read_json
 from moectl.checkpoint.writer import write
 from moectl.errors import CheckFailed, UsageError
 from moectl.evaluation import run as evaluation
@@ -40,7 +41,8 @@ SEQUENCES, LEARNING_RATE, WARMUP = BATCH_SIZE // 2, 1e-3, 10
 """Of the trainings after the seed's: as in `benchmarks/btx_story.sh`, of which this is a cell."""
 HELDOUT_TOKENS, ROUTED_TOKENS = 16_384, 4_096
 PARTS = {"seed", "upcycled", "branches", "average", "btx-start", "btx"}
-"""What a quickstart's directory holds; anything else is never removed."""
+ASKED = "quickstart.json"
+"""What a quickstart's directory holds: models, and what was asked for; anything else is never removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +97,12 @@ def quickstart(
     """Make every model of the story in `directory` and compare them; `say` hears of every stage.
 
     Raises:
-        UsageError: `directory` exists and `overwrite` is not given, or it holds something else.
+        UsageError: `directory` exists and `overwrite` is not given, or it holds something else; a story that was
+            interrupted is no hindrance, the same one goes on.
         CheckFailed: an upcycled model is not the same function.
     """
     started = perf_counter()
-    _make_room(directory, overwrite)
+    _make_room(directory, {"steps": asdict(steps), "seed": seed}, overwrite)
     of_seed = directory / "seed"
 
     say(f"1. A seed: a byte-level Llama, {steps.seed} steps on code, prose and arithmetic that come with Python.")
@@ -201,20 +204,22 @@ def _served(moe: Path) -> dict[str, dict[str, float]]:
     }
 
 
-def _make_room(directory: Path, overwrite: bool) -> None:
-    if not directory.exists():
-        return
-    if not directory.is_dir():
+def _make_room(directory: Path, asked: dict[str, Any], overwrite: bool) -> None:
+    """An empty directory, or one in which the same story was interrupted and goes on."""
+    if directory.exists() and not directory.is_dir():
         raise UsageError(f"{escape(str(directory))} is no directory.", "", "Give another.")
-    if not any(directory.iterdir()):
+    directory.mkdir(parents=True, exist_ok=True)
+    found = {path.name for path in directory.iterdir()}
+    known = PARTS | {f"{name}.{end}" for name in PARTS for end in ("partial", "untrained", "statistics")} | {ASKED}
+    note = directory / ASKED
+    if found <= known and "btx" not in found and ASKED in found and read_json(note) == asked:
         return
-    known = PARTS | {f"{name}.{end}" for name in PARTS for end in ("partial", "untrained", "statistics")}
-    ours = {path.name for path in directory.iterdir()} <= known
-    if not (overwrite and ours):
+    if found and not (overwrite and found <= known):
         raise UsageError(
             f"{escape(str(directory))} exists.",
-            "" if ours else "It holds more than a quickstart's models, so it is never removed.",
-            "Give --overwrite to replace it, or another directory." if ours else "Give another directory.",
+            "" if found <= known else "It holds more than a quickstart's models, so it is never removed.",
+            "Give --overwrite to replace it, or another directory." if found <= known else "Give another directory.",
         )
-    for path in directory.iterdir():
-        shutil.rmtree(path)
+    for name in found - {ASKED}:
+        shutil.rmtree(directory / name)
+    note.write_text(json.dumps(asked) + "\n", encoding="utf-8")

@@ -64,8 +64,8 @@ def test_it_makes_and_compares_every_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 3])
-def test_an_interruption_ends_the_story(step: int, tmp_path: Path) -> None:
-    """In the seed's training, which has two steps, or in a branch's: what it left is not taken for a model."""
+def test_a_story_that_is_interrupted_goes_on(step: int, tmp_path: Path) -> None:
+    """In the seed's training, which has two steps, or in a branch's: no step is taken twice, none is left out."""
     heard: list[Metrics] = []
 
     def interrupt(metrics: Metrics) -> None:
@@ -76,3 +76,8 @@ def test_an_interruption_ends_the_story(step: int, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         quickstart.quickstart(tmp_path / "story", steps=quickstart.Steps(2, 2, 1), seed=0, on_step=interrupt)
     assert len(heard) == step
+    with pytest.raises(UsageError, match="exists"):
+        quickstart.quickstart(tmp_path / "story", steps=quickstart.Steps(2, 2, 1), seed=1)
+    if step == 3:
+        quickstart.quickstart(tmp_path / "story", steps=quickstart.Steps(2, 2, 1), seed=0, on_step=interrupt)
+        assert [metrics.step for metrics in heard] == [1, 2, 1, 2, 1, 2, 1, 2, 1]
