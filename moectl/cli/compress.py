@@ -13,7 +13,6 @@ from moectl.errors import MoectlError
 if TYPE_CHECKING:
     from moectl.checkpoint.source import Checkpoint
 
-BUILTIN = ("builtin:code", "builtin:prose", "builtin:arithmetic")
 _BUILTIN_COST = (
     "Experts are chosen on built-in text: Python's own code and documentation, and sums. What other text needs may be "
     "among what is removed, down to writing that breaks. Give --data like what the model is for."
@@ -49,7 +48,8 @@ def prune(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text to choose experts on, and to measure the loss on; built-in text when left out. Repeatable.",
+            help="Text to choose experts on, built-in text when left out; loss and generation are measured on its "
+            "held-out part and on built-in text. Repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -152,7 +152,8 @@ def _probed(source: Checkpoint, out: Path, specs: tuple[str, ...], device: str, 
         return {}
     lines = [
         f"  {domain}: loss {each.loss_before:.3f} -> {each.loss_after:.3f}, "
-        f"repetition {each.repeated_before:.0%} -> {each.repeated_after:.0%}, surprise {each.surprise:.2f}"
+        f"repetition {each.repeated_before:.0%} -> {each.repeated_after:.0%}, "
+        f"surprise {each.surprise_before:.2f} -> {each.surprise_after:.2f}"
         for domain, each in found.items()
     ]
     head = "Held-out loss (nats per token), and greedy text: repeated 4-grams, and its loss under MODEL:"

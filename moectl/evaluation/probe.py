@@ -37,8 +37,8 @@ TEXTS = 8
 LENGTH, BATCHES = 256, 2
 """Tokens of a held-out text, and batches of `TEXTS` of them that the loss is of."""
 GRAM = 4
-MORE_REPEATED = 0.25
-"""Share of 4-grams repeated, above that of the original: a quarter more of the text is then a copy of itself."""
+LEAST_NEW = 0.5
+"""Of the share of 4-grams that are new in what the original writes: small models repeat themselves anyway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,24 +48,25 @@ class Probe:
     Attributes:
         loss_before, loss_after: of held-out text, in nats per token.
         repeated_before, repeated_after: shares of the 4-grams written that came before in the same text.
-        surprise: loss of what the changed model wrote, under the original, in nats per token.
+        surprise_before, surprise_after: loss of what each model wrote, under the original, in nats per token.
     """
 
     loss_before: float
     loss_after: float
     repeated_before: float
     repeated_after: float
-    surprise: float
+    surprise_before: float
+    surprise_after: float
 
     @property
     def broken(self) -> str:
         """Why what the changed model writes is broken; empty if it is not."""
-        if self.repeated_after > self.repeated_before + MORE_REPEATED:
+        if 1 - self.repeated_after < LEAST_NEW * (1 - self.repeated_before):
             return f"{self.repeated_after:.0%} of what it writes is repetition, {self.repeated_before:.0%} before"
-        if not self.surprise <= self.loss_before:
+        if not self.surprise_after <= self.loss_before:
             return (
-                f"to the original what it writes is less likely ({self.surprise:.2f} nats per token) than real text "
-                f"({self.loss_before:.2f})"
+                f"to the original what it writes is less likely ({self.surprise_after:.2f} nats per token) than real "
+                f"text ({self.loss_before:.2f})"
             )
         return ""
 
@@ -128,6 +129,7 @@ def probe(
             loss_after[domain],
             repeated(text_before_NG),
             repeated(text_after[domain]),
+            surprise(model, given_NP, text_before_NG),
             surprise(model, given_NP, text_after[domain]),
         )
     return found

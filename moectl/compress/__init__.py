@@ -1,0 +1,1 @@
+"""A Mixture-of-Experts checkpoint made smaller."""
