@@ -31,14 +31,15 @@ class Limits:
             of 3 experts of which a token uses 2 none can get more than 1.5 times an even share.
         luck: a MaxVio within this multiple of what a fair lot gives says nothing, whatever the other limits.
         seen: with fewer tokens per expert than this, under a fair lot, the load is not judged.
-        surprising: an unseen expert counts if its chance under a fair lot is below this.
+        surprising: an unseen expert counts if its chance under a fair lot is below this; a pair of experts if that of
+            the best pair among all is.
         dropped: with a larger share of the assignments going nowhere a layer drops: at one in a hundred in each of 32
             layers, a quarter of the tokens lose something.
         apart: domains part in a layer if the whole interval of one domain's share of an expert is above this multiple
             of the whole of another's: of many experts some intervals miss each other by chance, but not by half.
         told: domains differ, if in no expert that clearly, where paths tell more than this share of the documents.
-        repeats, repeats_errors: consecutive tokens keep together if they repeat this multiple of what independent ones
-            do, and so many standard errors more: few tokens repeat by chance.
+        repeats, repeats_errors: consecutive tokens keep together if they repeat by this part more often than
+            independent ones do, or differ by this part less often, and by so many standard errors more than luck.
         words: token ids decide if they explain this much of the first choice; a table of ids is at 1.
         tokens, documents: with fewer, per expert and per domain, numbers are called uncertain: the spread of a load is
             then 10% and more of it, and a bootstrap of few documents draws the same ones again and again.
@@ -55,7 +56,7 @@ class Limits:
     dropped: float = 0.01
     apart: float = 1.5
     told: float = 0.9
-    repeats: float = 1.25
+    repeats: float = 0.25
     repeats_errors: float = 3.0
     words: float = 0.5
     tokens: float = 100.0
@@ -110,7 +111,7 @@ def keeps(repeats: Repetition) -> bool:
     """Whether consecutive tokens share their first choice clearly more often than independent ones."""
     null = repeats.first_null
     error = math.sqrt(null * (1 - null) / repeats.pairs)
-    return repeats.first > max(LIMITS.repeats * null, null + LIMITS.repeats_errors * error)
+    return repeats.first - null > max(LIMITS.repeats * min(null, 1 - null), LIMITS.repeats_errors * error)
 
 
 def flags(stream: Stream, number: int) -> list[str]:

@@ -6,11 +6,12 @@ import math
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from moectl.routing.analysis import Analysis, Stream
-from moectl.routing.judge import apart, collapsed, judged, keeps, missing
+from moectl.routing.judge import LIMITS, apart, collapsed, judged, keeps, missing
 from moectl.routing.verdict import contrast
 from moectl.routing.words import chance, percent
 
@@ -82,8 +83,9 @@ def _all(stream: Stream) -> Iterator[Surprise]:
             one, other, share = both.strongest[0]
             load = stream.balance[stream.points.index(both.point)]
             null = max(both.chance, float(load.share_E[[one, other]].min()) * both.point.top_k)
-            if share > 2 * null:
-                text = f"experts {one} and {other} go together in {percent(share)} of their tokens or more"
+            tokens = float(load.share_E[[one, other]].max()) * both.point.top_k * len(stream.recording.trace)
+            if share > 2 * null and _beyond_luck(share * tokens, null * tokens, both.together_EE.size):
+                text = f"experts {one} and {other} go together in at least {percent(share)} of their tokens"
                 yield _surprise("pair", both.point.label, one, f"{text} (by their loads {percent(null)})", share, null)
     for step in stream.flow:
         yield from _flow(step.source.label, step.target.label, step.count_EE)
@@ -113,7 +115,9 @@ def _flow(source: str, target: str, count_EE: np.ndarray) -> Iterator[Surprise]:
     often_E = from_E >= max(100, total / len(from_E) / 2)
     if not often_E.any():
         return
-    share_EE = np.where(often_E[:, None], count_EE / from_E.clip(1)[:, None], 0.0)
+    expected_EE = np.outer(from_E, count_EE.sum(0)) / total
+    sure_EE = often_E[:, None] & _beyond_luck(count_EE, expected_EE, count_EE.size)
+    share_EE = np.where(sure_EE, count_EE / from_E.clip(1)[:, None], 0.0)
     one, other = (int(place) for place in np.unravel_index(np.argmax(share_EE), share_EE.shape))
     share, null = float(share_EE[one, other]), float(count_EE[:, other].sum() / total)
     if share > 2 * null:
@@ -122,6 +126,16 @@ def _flow(source: str, target: str, count_EE: np.ndarray) -> Iterator[Surprise]:
             f"(of all tokens: {percent(null)})"
         )
         yield _surprise("flow", source, one, text, share, null)
+
+
+def _beyond_luck(count_X: Any, expected_X: Any, tried: int) -> Any:
+    """Whether counts exceed what is expected by more than the best of so many tries would by chance.
+
+    By Chernoff's bound on the tail of a Poisson distribution: the largest of many small counts is no finding.
+    """
+    ratio_X = np.maximum(count_X, 1e-300) / np.maximum(expected_X, 1e-300)
+    bound_X = count_X * np.log(ratio_X) - count_X + expected_X
+    return (count_X > expected_X) & (bound_X > math.log(tried / LIMITS.surprising))
 
 
 def _surprise(kind: str, layer: str, expert: int | None, text: str, number: float, null: float) -> Surprise:

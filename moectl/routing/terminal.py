@@ -151,7 +151,9 @@ def words(found: Report, width: int = 80) -> list[str]:
         told = f"Most alike by their weights: experts {one} and {two} of layer {most.layer}, cosine {cosine:.3f}"
         lines += ["", *_wrapped(f"{told} (unrelated: 0, give or take {most.experts.spread:.1g}).", width, "  ")]
     if found.losses is not None:
-        lines += ["", f"Loss on this text: {found.losses.loss:.4f} nats per token."]
+        told = f"Loss on this text: {found.losses.loss:.4f} nats per token."
+        told += " What masks add to it (95%, over documents):"
+        lines += ["", *_wrapped(told, width, "  ")]
         for rerun in found.losses.masks:
             low, high = rerun.change_interval
             told = f"  {rerun.mask.label}: {rerun.change:+.4f} ({low:+.4f} to {high:+.4f})"

@@ -165,7 +165,12 @@ def locality_card(stream: Stream) -> Card:
         return Card("Locality", "none", "Not known whether consecutive tokens share experts", hot)
     most = max(stream.repetition, key=lambda each: each.first - each.first_null)
     kept = [each.point.label for each in stream.repetition if keeps(each)]
-    head = f"Consecutive tokens keep their expert in {layers(kept)}" if kept else "Tokens are routed as if independent"
+    if kept:
+        head = f"Consecutive tokens keep their expert in {layers(kept)}"
+    elif most.pairs * most.first_null < LIMITS.seen:
+        head = "Too few tokens to say whether consecutive ones share experts"
+    else:
+        head = "Consecutive tokens share experts hardly more than by chance"
     repeats = (
         f"In layer {most.point.label}, {percent(most.first)} of the tokens repeat the first choice of the one before "
         f"({percent(most.first_null)} if independent)."

@@ -53,7 +53,9 @@ class Difference:
 
     Attributes:
         ids: share of the experts of the one trace that the same token has not in the other, mean over tokens with any.
+        ids_chance: the same for independent choices with the loads that were measured.
         first: share of tokens whose first choice differs.
+        first_chance: the same for independent choices with the first choices' loads that were measured.
         tokens: share of tokens whose sets of experts differ.
         weights: total variation between the tokens' combine weights, their sizes made to sum to 1: the share of the
             mixture that moved, mean over tokens that have weights in both. None if not recorded, or if there are none.
@@ -64,7 +66,9 @@ class Difference:
 
     point: Point
     ids: float
+    ids_chance: float
     first: float
+    first_chance: float
     tokens: float
     weights: float | None
     margin_changed: float | None
@@ -90,7 +94,6 @@ def saturation(earlier: RoutingTrace, later: RoutingTrace) -> list[Saturation]:
     for one, other in zip(earlier.layers, later.layers, strict=True):
         point = other.point
         kept_T = _shared(one.index_TK, other.index_TK).sum(1)
-        loads = [np.bincount(part.index_TK[part.index_TK >= 0], minlength=point.num_experts) for part in (one, other)]
         tokens = max(len(kept_T), 1)
         found.append(
             Saturation(
@@ -98,7 +101,7 @@ def saturation(earlier: RoutingTrace, later: RoutingTrace) -> list[Saturation]:
                 float(kept_T.sum()) / (tokens * point.top_k),
                 float((_first(one) == _first(other)).sum()) / tokens,
                 point.top_k / point.num_experts,
-                float(loads[0] @ loads[1]) / (tokens**2 * point.top_k),
+                _meeting(one.index_TK, other.index_TK) / point.top_k,
             )
         )
     return found
@@ -134,12 +137,15 @@ def difference(one: RoutingTrace, other: RoutingTrace) -> Differences:
         changed_T = (shared_T < mine_T) | (shared_T < theirs_T)
         anywhere_T |= changed_T
         any_T = mine_T > 0
+        meeting = _meeting(mine.index_TK, theirs.index_TK)
         margin_changed, margin_same = _margins(mine, changed_T)
         layers.append(
             Difference(
                 mine.point,
                 _mean(1 - shared_T[any_T] / mine_T[any_T]) or 0.0,
+                1 - meeting / float(mine_T.mean()) if any_T.any() else 0.0,
                 _mean(_first(mine) != _first(theirs)) or 0.0,
+                1 - _meeting(mine.index_TK[:, :1] + 1, theirs.index_TK[:, :1] + 1) if len(one) else 0.0,
                 _mean(changed_T) or 0.0,
                 _moved(mine, theirs),
                 margin_changed,
@@ -155,6 +161,13 @@ def _first(routed: Routed) -> np.ndarray:
 
 def _mean(values_T: np.ndarray) -> float | None:
     return float(values_T.mean()) if len(values_T) else None
+
+
+def _meeting(one_TK: np.ndarray, other_TK: np.ndarray) -> float:
+    """How many experts a token of the one trace and any token of the other have in common, mean over all such pairs."""
+    most = int(max(one_TK.max(initial=-1), other_TK.max(initial=-1))) + 1
+    one_E, other_E = (np.bincount(part_TK[part_TK >= 0], minlength=most) for part_TK in (one_TK, other_TK))
+    return float(one_E @ other_E) / max(len(one_TK), 1) ** 2
 
 
 def _shared(one_TK: np.ndarray, other_TK: np.ndarray) -> np.ndarray:

@@ -6,7 +6,8 @@ Legend: T tokens, N documents, B blocks of documents, D domains, E experts, F fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -41,7 +42,8 @@ class Told:
     """How often, or how surely, the domain is told, each with 95 % intervals by bootstrap over documents.
 
     Attributes:
-        accuracy: share of cases where the right domain is the likeliest; of n that are equally so, it counts 1/n.
+        accuracy: share of cases where the right domain is the likeliest; of n that are equally so, it counts 1/n. Of
+            documents its interval is Wilson's (1927): where all are right a bootstrap has nothing else to draw.
         probability: mean probability of the right domain.
         chance_accuracy: what always saying the most frequent domain gives.
         chance_probability: what saying the domains' frequencies gives: the sum of their squares.
@@ -129,12 +131,20 @@ def separation(trace: RoutingTrace, seed: int = 0, folds: int = 5) -> Separation
     likely_TD = _log_likelihoods(trace, keep_T, fold_N[place_T], domain_N[place_T], len(compared), folds)
     likely_ND = np.zeros((len(documents), len(compared)))
     np.add.at(likely_ND, place_T, likely_TD)
+    document = _told(likely_ND, fold_N, domain_N, np.arange(len(documents)), seed)
     return Separation(
         tuple(tokens.domains[domain] for domain in compared),
         len(documents),
         token=_told(likely_TD, fold_N[place_T], domain_N[place_T], place_T, seed),
-        document=_told(likely_ND, fold_N, domain_N, np.arange(len(documents)), seed),
+        document=replace(document, accuracy_interval=_wilson(document.accuracy, len(documents))),
     )
+
+
+def _wilson(share: float, cases: int) -> Interval:
+    """95 % for a share of independent cases."""
+    z2 = 1.959964**2 / cases
+    half = math.sqrt(z2 * (share * (1 - share) + z2 / 4))
+    return max(0.0, (share + z2 / 2 - half) / (1 + z2)), min(1.0, (share + z2 / 2 + half) / (1 + z2))
 
 
 def _dealt(domain_N: np.ndarray, domains: int, folds: int, seed: int) -> np.ndarray:

@@ -6,8 +6,8 @@ Legend: T tokens, P pairs of tokens of which one directly follows the other, K e
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -23,10 +23,12 @@ class Repetition:
         pairs: how many tokens directly follow another.
         first: share of them whose first choice is the same; a dropped choice never is.
         any: share of them that have any expert in common.
-        first_null: what `first` would be with the same loads and independent tokens: the sum of their squares.
+        first_null: what `first` would be with the same loads and independent tokens: the sum of their squares. Of
+            several domains it is the mean over pairs of each domain's own: that neighbours share a domain is not that
+            they share experts.
         first_fair: and with even loads: 1/E.
         any_null: what `any` would be with even loads and independent tokens: 1 - C(E-k, k) / C(E, k).
-        any_shuffled: and with the loads that were measured: every token beside one drawn at random.
+        any_shuffled: and with the loads that were measured: every token beside one of its domain, drawn at random.
         domains: the same of each domain that has pairs; empty in those.
     """
 
@@ -79,17 +81,29 @@ def repetition(trace: RoutingTrace, seed: int = 0) -> list[Repetition]:
         domains = {
             name: _repeats(routed, mask_T, own_P, generator) for name, (mask_T, own_P) in parts.items() if len(own_P)
         }
-        found.append(_repeats(routed, np.ones(len(tokens), bool), now_P, generator, domains))
+        found.append(_together(domains))
     return found
 
 
-def _repeats(
-    routed: Routed,
-    mask_T: np.ndarray,
-    now_P: np.ndarray,
-    generator: np.random.Generator,
-    domains: Mapping[str, Repetition] | None = None,
-) -> Repetition:
+def _together(domains: Mapping[str, Repetition]) -> Repetition:
+    parts = list(domains.values())
+    pairs = [part.pairs for part in parts]
+
+    def mean(values: Sequence[float]) -> float:
+        return float(np.average(values, weights=pairs))
+
+    return replace(
+        parts[0],
+        pairs=sum(pairs),
+        first=mean([part.first for part in parts]),
+        any=mean([part.any for part in parts]),
+        first_null=mean([part.first_null for part in parts]),
+        any_shuffled=mean([part.any_shuffled for part in parts]),
+        domains=domains,
+    )
+
+
+def _repeats(routed: Routed, mask_T: np.ndarray, now_P: np.ndarray, generator: np.random.Generator) -> Repetition:
     point, index_TK = routed.point, routed.index_TK
     experts, top_k = point.num_experts, point.top_k
     now_PK, before_PK = index_TK[now_P], index_TK[now_P - 1]
@@ -104,7 +118,6 @@ def _repeats(
         first_fair=1 / experts,
         any_null=any_fair(experts, top_k),
         any_shuffled=float(_meet(now_PK, index_TK[generator.permutation(np.flatnonzero(mask_T))[: len(now_P)]]).mean()),
-        domains=domains or {},
     )
 
 

@@ -169,7 +169,3 @@ class RoutingTrace:
         return replace(
             self, tokens=self.tokens.where(mask_T), layers=tuple(routed.where(mask_T) for routed in self.layers)
         )
-
-    def of_domain(self, name: str) -> RoutingTrace:
-        """The tokens of one domain."""
-        return self.where(self.tokens.domain_T == self.tokens.domains.index(name))

@@ -107,6 +107,15 @@ def test_two_models_read_the_same_text() -> None:
     assert same["differences"]["decoder"]["tokens"] == 0 and same["other"]["name"] == "moe (other)"
     told = run("moe", "other", *DATA)
     assert "Against other, decoder: " in told.stderr
+    table = rows(told)
+    assert all(0 < float(row["changed"]) <= 1 and 0 < float(row["changed_chance"]) < 1 for row in table)
+
+
+def test_checkpoints_are_compared_with_the_last() -> None:
+    found = json.loads(run("moe", "other", "other", *DATA, "--json", "-q").stdout)
+    assert found["other"]["name"] == "other" and found["differences"]["decoder"]["tokens"] > 0.5
+    assert found["courses"]["decoder"]["checkpoints"] == ["moe", "other (2)", "other (3)"]
+    assert all(share["share_C"][1] == 0 < share["share_C"][0] for share in found["courses"]["decoder"]["fluctuation"])
 
 
 def test_json_names_masks_and_estimates() -> None:
@@ -157,6 +166,7 @@ def test_a_gate_exits_with_5_after_the_report() -> None:
         (("moe", *DATA, "--mask", "7:0"), UsageError, "names expert 0 of layer 7"),
         (("moe", *DATA, "--mask", "kept:1", "--layerwise"), UsageError, "cannot be run again"),
         (("moe", *DATA, "--trace", "dense"), UsageError, "dense exists"),
+        (("moe", *DATA, "--html", "dense"), UsageError, "dense is a directory"),
         (("moe", *DATA, "--num-experts", "8"), UsageError, "are for traces"),
         (("moe", *DATA, "--trace-size", "much"), UsageError, "is not a size"),
         (("sums.jsonl",), InputError, "no routing trace"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ from moectl.routing import terminal
 from moectl.routing.analysis import MEASURES, Analysis, analyse, compared, fair_max_vio, to_json
 from moectl.routing.judge import flags
 from moectl.routing.page.render import render
-from moectl.routing.report import Report
+from moectl.routing.report import Report, report
+from moectl.routing.study import Study
 from moectl.routing.surprises import surprises
-from moectl.routing.verdict import Card, verdict
+from moectl.routing.verdict import Card, contrast, verdict
 from moectl.traces.statistics import RoutingStatistics, statistics_of
 from moectl.traces.store import Recording
 from moectl.traces.trace import RoutingTrace
@@ -81,11 +83,23 @@ def test_what_is_dropped_is_said() -> None:
     assert "layer 1 drops 100%" in cards(analysed(made))["Balance"].headline
 
 
+@pytest.mark.parametrize("top_k", [2, 8])
+def test_the_best_of_many_pairs_is_no_finding(top_k: int) -> None:
+    """Of 64 by 64 pairs of experts some exceed chance several times over."""
+    made = synthetic.trace(synthetic.tokens(30, 250), experts=64, top_k=top_k, layers=6, scores=False)
+    assert surprises(analysed(made)) == []
+    here, after = made.layers[:2]
+    after.index_TK[here.index_TK[:, 0] == 7, 0] = 9
+    (found, *_) = surprises(analysed(made))
+    assert (found.kind, found.layer, found.expert) == ("flow", "0", 7) and "100%" in found.text
+
+
 def test_few_tokens_are_no_evidence() -> None:
     found = analysed(synthetic.trace(synthetic.tokens(3, 2), experts=64, top_k=8))
     assert len(found.streams[0].balance[0].unseen) > 0
     assert cards(found)["Balance"].level == "none" and "Too few" in cards(found)["Balance"].headline
     assert cards(found)["How sure"].level == "fair" and not flagged(found, "unseen")
+    assert "Too few" in cards(found)["Locality"].headline
 
 
 def test_domains_words_and_neighbours_are_seen_where_they_are() -> None:
@@ -111,16 +125,72 @@ def test_a_skewed_load_may_be_the_only_domain() -> None:
     assert balance.level == "poor" and "skewed" in balance.headline and "one domain" in balance.detail
 
 
+def test_an_expert_that_serves_every_token_is_no_balance() -> None:
+    """Of 3 experts, 2 a token, it gets but 1.5 times an even share: as much as there is."""
+    made = synthetic.trace(experts=3, top_k=2)
+    made.layers[2].index_TK[:] = np.stack([np.zeros(len(made)), np.arange(len(made)) % 2 + 1], 1)
+    balance = cards(analysed(made))["Balance"]
+    assert balance.level == "fair" and balance.headline == "Uneven: an expert gets 1.5 times an even share"
+    assert cards(analysed(synthetic.trace(experts=3, top_k=2)))["Balance"].level == "good"
+
+
+def test_a_few_repeats_are_luck() -> None:
+    """96 layers with independent tokens, 4 repeats expected in each: a quarter more is no rare thing."""
+    one = [synthetic.tokens(4, 50, domains=("all",), seed=seed) for seed in range(24)]
+    short = [synthetic.trace(of, experts=64, top_k=8, seed=seed) for seed, of in enumerate(one)]
+    assert sum(len(flagged(analysed(made), "repeats")) for made in short) <= 2
+
+
+@pytest.mark.parametrize("busiest", [0.0, 0.75])
+def test_neighbours_that_keep_together_are_seen_whatever_the_loads(busiest: float) -> None:
+    """Also where two of three independent ones repeat anyway."""
+    made = synthetic.trace(synthetic.tokens(12, 200, domains=("all",)), experts=4, top_k=1, layers=1)
+    index_T1, generator = made.layers[0].index_TK, np.random.default_rng(0)
+    index_T1[generator.random(len(made)) < busiest] = 0
+    assert flagged(analysed(made), "repeats") == []
+    for at in np.flatnonzero(generator.random(len(made)) < 0.4)[1:]:
+        index_T1[at] = index_T1[at - 1]
+    assert flagged(analysed(made), "repeats") == [0]
+
+
+@pytest.mark.parametrize("names", [("code", "sums"), ("code", "sums", "empty")])
+def test_the_typical_other_domain_is_another_and_has_tokens(names: tuple[str, ...]) -> None:
+    made = synthetic.trace(synthetic.tokens(20, 64, domains=names[:2]), by_domain=3.0)
+    made = replace(made, tokens=replace(made.tokens, domains=names))
+    shares = analysed(made).streams[0].domains[0]
+    assert shares.strongest is not None
+    _name, expert, share = shares.strongest
+    assert contrast(shares) == pytest.approx(share - shares.share_DE[:2, expert].min())
+
+
+def test_a_training_is_told_from_its_checkpoints() -> None:
+    made = [synthetic.trace(seed=seed) for seed in (3, 1, 1)]
+    for routed, last in zip(made[0].layers, made[2].layers, strict=True):
+        routed.index_TK[::2] = last.index_TK[::2]
+    found = report([Study("run", {"decoder": synthetic.recording(each)}) for each in made])
+    course = json.loads(json_text("s", found.to_json()))["courses"]["decoder"]
+    assert course["checkpoints"] == ["run (1)", "run (2)", "run (3)"]
+    for layer in range(4):
+        one, two = (course["saturation"][name][layer] for name in course["checkpoints"][:2])
+        assert 0.5 < one["value"] < 0.75 and two["value"] == 1 and one["chance_loads"] == pytest.approx(0.25, abs=0.01)
+        assert course["fluctuation"][layer]["share_C"] == [pytest.approx(1 - one["first"]), 0]
+    assert found.differences and found.differences["decoder"].tokens > 0.4, "of the first and the last"
+    words = "\n".join(terminal.words(found))
+    assert "Towards run (3), decoder: " in words and all(len(line) <= 80 for line in words.splitlines())
+    assert "Towards run (3)</h2>" in render(found)
+    assert report([Study("run", {"decoder": synthetic.recording(each)}) for each in made[:2]]).courses == {}
+
+
 def test_one_domain_is_not_compared_with_itself() -> None:
     found = analysed(synthetic.trace(synthetic.tokens(domains=("all",))))
     assert "Domains" not in cards(found) and found.streams[0].separation is None
 
 
-@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(30, 8, 2), (300, 64, 8), (800, 16, 1)])
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(30, 8, 2), (300, 64, 8), (800, 16, 1), (50, 3, 2)])
 def test_the_null_of_balance_is_what_a_fair_lot_gives(tokens: int, experts: int, top_k: int) -> None:
     generator = np.random.default_rng(5)
     drawn = []
-    for _ in range(100):
+    for _ in range(400):
         chosen = np.concatenate([generator.permutation(experts)[:top_k] for _ in range(tokens)])
         drawn.append(np.bincount(chosen, minlength=experts).max() / (tokens * top_k / experts) - 1)
     assert fair_max_vio(tokens, experts, top_k) == pytest.approx(np.mean(drawn), rel=0.15)
@@ -175,12 +245,12 @@ def test_any_shape_has_a_verdict_a_table_and_a_page(
     )
     for routed in made.layers:
         routed.index_TK[np.random.default_rng(0).random(routed.index_TK.shape) < dropped] = -1
-    report = Report(analysed(made))
-    assert all(len(line) <= 80 for line in terminal.words(report))
-    assert all(len(line) <= 80 for line in terminal.strip(report.analysis, 80))
-    columns, rows = terminal.full(report)
+    found = Report(analysed(made))
+    assert all(len(line) <= 80 for line in terminal.words(found))
+    assert all(len(line) <= 80 for line in terminal.strip(found.analysis, 80))
+    columns, rows = terminal.full(found)
     assert len(rows) == layers and all(len(row) == len(columns) for row in rows)
-    assert "<h1>" in render(report) and json_text("s", report.to_json())
+    assert "<h1>" in render(found) and json_text("s", found.to_json())
 
 
 def test_statistics_of_two_streams_are_told_apart() -> None:

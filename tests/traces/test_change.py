@@ -99,6 +99,17 @@ def test_difference_is_what_loops_give(one: RoutingTrace, seed: int) -> None:
     assert got.tokens == pytest.approx(len(anywhere) / len(one))
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_chances_are_those_of_any_two_tokens(top_k: int) -> None:
+    one, other = random_trace(1, [9, 8], 6, top_k), random_trace(2, [9, 8], 6, top_k)
+    other = replace(one, layers=other.layers)
+    every = [(a, b) for a in range(len(one)) for b in range(len(one))]
+    for layer, found in enumerate(difference(one, other).layers):
+        lost = [len(chosen(one, layer, a) - chosen(other, layer, b)) / top_k for a, b in every]
+        first = [one.layers[layer].index_TK[a, 0] != other.layers[layer].index_TK[b, 0] for a, b in every]
+        assert found.ids_chance == pytest.approx(np.mean(lost)) and found.first_chance == pytest.approx(np.mean(first))
+
+
 def test_a_trace_does_not_differ_from_itself() -> None:
     one = random_trace(0, [5, 4], 6, 2, dropped=0.2)
     got = difference(one, one)

@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from scipy.stats import binomtest
 from small_traces import firsts, random_trace, rows, trace, traces
 
-from moectl.traces.domains import _dealt, separation, specialisation
+from moectl.traces.domains import _dealt, _wilson, separation, specialisation
 from moectl.traces.statistics import statistics_of
 from moectl.traces.trace import RoutingTrace
 
@@ -129,6 +130,13 @@ def test_probabilities_are_those_of_bayes_by_loops(seed: int, folds: int, droppe
     share = np.bincount(tokens.domain_T) / len(tokens)
     assert got.token.chance_accuracy == pytest.approx(share.max())
     assert got.token.chance_probability == pytest.approx(sum(part**2 for part in share))
+
+
+@pytest.mark.parametrize(("right", "cases"), [(13, 13), (133, 134), (0, 5), (7, 20)])
+def test_the_interval_of_documents_is_wilsons(right: int, cases: int) -> None:
+    """Where all are right a bootstrap would be sure."""
+    expected = binomtest(right, cases).proportion_ci(0.95, "wilson")
+    assert _wilson(right / cases, cases) == pytest.approx((expected.low, expected.high), abs=1e-6)
 
 
 def test_folds_deal_the_documents_of_every_domain_evenly() -> None:

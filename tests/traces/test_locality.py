@@ -26,16 +26,19 @@ def test_repeats_are_what_counting_gives(traced: RoutingTrace) -> None:
         index = traced.layers[layer].index_TK.tolist()
         names = {tokens.domains[tokens.domain_T[at]] for at in pairs}
         assert set(got.domains) == names
+        nulls = {}
+        for name in names:
+            every = [at for at in range(len(tokens)) if tokens.domains[tokens.domain_T[at]] == name]
+            loads = Counter(index[at][0] for at in every if index[at][0] >= 0)
+            nulls[name] = sum((load / len(every)) ** 2 for load in loads.values())
         for name, part in [(None, got), *got.domains.items()]:
             own = [at for at in pairs if name in (None, tokens.domains[tokens.domain_T[at]])]
-            every = [at for at in range(len(tokens)) if name in (None, tokens.domains[tokens.domain_T[at]])]
             assert part.pairs == len(own)
             same = sum(index[at][0] == index[at - 1][0] != -1 for at in own)
             common = sum(bool(set(index[at]) & set(index[at - 1]) - {-1}) for at in own)
-            loads = Counter(index[at][0] for at in every if index[at][0] >= 0)
             assert part.first == pytest.approx(same / len(own))
             assert part.any == pytest.approx(common / len(own))
-            assert part.first_null == pytest.approx(sum((load / len(every)) ** 2 for load in loads.values()))
+            assert part.first_null == pytest.approx(np.mean([nulls[tokens.domains[tokens.domain_T[at]]] for at in own]))
             assert 0 <= part.any_shuffled <= 1
 
 
@@ -67,6 +70,14 @@ def test_nulls_are_what_independent_tokens_give_whatever_the_loads() -> None:
     [got] = repetition(trace(np.argsort(-uneven, axis=2)[..., :2], 8))
     assert got.first == pytest.approx(got.first_null, abs=0.01) and got.first_null > got.first_fair + 0.03
     assert got.any == pytest.approx(got.any_shuffled, abs=0.015) and got.any_shuffled > got.any_null + 0.05
+
+
+def test_neighbours_that_share_but_their_domain_do_not_repeat() -> None:
+    """Each domain has experts of its own and draws among them by a lot: all that repeats is the domain."""
+    own = np.random.default_rng(0).integers(0, 4, (4, 5000)) + 4 * (np.arange(4)[:, None] % 2)
+    [got] = repetition(trace(own.reshape(1, -1, 1), 8, lengths=[5000] * 4, domain_N=[0, 1] * 2, domains=("a", "b")))
+    assert got.first == pytest.approx(got.first_null, abs=0.01) and got.first_null == pytest.approx(0.25, abs=0.01)
+    assert got.any == pytest.approx(got.any_shuffled, abs=0.015)
 
 
 def plug_in(first: list[int], label: list[object]) -> float:

@@ -94,7 +94,11 @@ def masked(losses: Losses) -> Iterator[Part]:
     yield Heading("Without some experts")
     rows: list[list[Cell]] = [["none", losses.loss, None, None, None]]
     rows += [[rerun.mask.label, rerun.loss, rerun.change, *rerun.change_interval] for rerun in losses.masks]
-    yield Paragraph(f"Nats per token of {losses.tokens:,} tokens; the change with its 95% interval, over documents.")
+    yield Paragraph(
+        f"Nats per token of {losses.tokens:,} tokens; the change with its 95% interval, over documents. kept:r leaves "
+        "a token its r heaviest experts; removed:r has the router choose again without its first r, layer:expert "
+        "without that one."
+    )
     yield Table(["mask", "loss", "change", "low", "high"], shortened(rows))
     if losses.held:
         least = min(losses.held, key=lambda each: each.share_K[0])

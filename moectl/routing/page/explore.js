@@ -110,11 +110,18 @@ function explore(root, stream) {
       return [name, `${percent(value)}  (${percent(low)} to ${percent(high)})`];
     }).concat([['chance', percent(fair)]])));
     const words = stream.words[layer];
+    const spelled = id => (data.tokens[id] ?? `#${id}`).replaceAll(' ', '␣');
     if (words) card.append(column('Tokens whose first choice it is', words[expert].map(
-      ([id, part, count]) => [make('code', data.tokens[id] ?? `#${id}`), `${percent(part)} of ${count}`]), 'None often enough.'));
-    for (const [field, heading] of [['partners', 'Chosen together with'], ['next', 'Then, in the next layer']]) {
+      ([id, part, count]) => [make('code', spelled(id)), `${percent(part)} of ${count}`])
+      .concat(words[expert].length ? [['of all tokens', percent(stream.first[layer][expert])]] : []), 'None often enough.'));
+    // Of the other places of a token, every other expert would have its part by its load.
+    const left = stream.topk[layer] - load, byLoads = stream.load[layer].map(each => stream.mates[layer] * each / left);
+    const lists = [['partners', 'Chosen together with', 'by loads', byLoads],
+      ['next', 'Then, in the next layer', 'of all tokens', stream.first[layer + 1]]];
+    for (const [field, heading, without, chance] of lists) {
       const list = stream[field][layer];
-      if (list) card.append(column(heading, list[expert].map(([id, part]) => [`expert ${id}`, percent(part)]), 'Nothing.'));
+      if (list) card.append(column(heading, list[expert].map(
+        ([id, part]) => [`expert ${id}`, `${percent(part)}  (${without} ${percent(chance[id])})`]), 'Nothing.'));
     }
     if (text) card.append(column('In the text, by weight', contexts(), 'Nowhere in the sample.'));
     card.setAttribute('aria-label', label);

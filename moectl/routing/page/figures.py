@@ -99,7 +99,7 @@ def by_layer(stream: Stream) -> Iterator[Figure]:
         yield drawn(
             f"Consecutive tokens keep their expert in {layers(kept)}"
             if kept
-            else "Neighbours are routed independently",
+            else "Consecutive tokens share experts hardly more than by chance",
             [
                 ("repeat", "same first choice", False),
                 ("repeat_chance", "if independent", True),
@@ -191,8 +191,9 @@ def pairs_map(stream: Stream, both: Coactivation) -> Figure | None:
         for colour, edge in zip(SEQUENTIAL, [*edges.tolist(), ceiling], strict=True)
     ]
     one, other, share = both.strongest[0]
+    least = "at least " if share < 1 else ""
     heading = (
-        f"Layer {both.point.label}: experts {one} and {other} go together in {percent(share)} of their tokens or more"
+        f"Layer {both.point.label}: experts {one} and {other} go together in {least}{percent(share)} of their tokens"
     )
     names = [str(expert) for expert in kept]
     svg = heat(

@@ -51,18 +51,20 @@ def spread(count: int, most: int) -> list[int]:
 
 
 def _stream(stream: Stream, spell: Spell | None, budget: int, used: set[int]) -> dict[str, Any]:
-    points = stream.points
+    points, statistics = stream.points, stream.recording.statistics
     worst = max(range(len(points)), key=lambda number: stream.balance[number].max_vio)
     return {
         "layers": [escape(point.label) for point in points],
         "experts": [point.num_experts for point in points],
         "topk": [point.top_k for point in points],
         "load": [_rounded(load.share_E * point.top_k) for load, point in zip(stream.balance, points, strict=True)],
+        "first": [_rounded(load.first_BE.sum(0) / max(statistics.tokens, 1)) for load in statistics.loads],
         "pooled": pool(stream),
         "start": [worst, stream.balance[worst].busiest],
-        "domains": [escape(name) for name in stream.recording.statistics.domains],
+        "domains": [escape(name) for name in statistics.domains],
         "share": _shares(stream, budget),
         "words": _words(stream, budget, used),
+        "mates": [round(both.chance * (both.point.num_experts - 1), 4) for both in stream.coactivation],
         "partners": _within(stream, [_strongest(both.together_EE) for both in stream.coactivation], budget // 2),
         "next": _within(stream, [_strongest(_normalised(step.count_EE)) for step in stream.flow], budget // 2),
         "text": None if spell is None else _text(stream.recording.trace, spell, budget),
