@@ -88,6 +88,14 @@ Python (code, docstring prose, arithmetic), their mixture with two of three expe
 The grid of regimes stands in the script's head and was committed before it was run; every cell is here.
 """
 
+FINDINGS = """\
+In short: from a seed that was trained briefly, the mixture beats the seed, every branch, their weight average and both
+ensembles in every cell. From a seed that was trained four times as long the branches have less to add: the mixture still
+beats the seed, every branch and their average, and is level with the ensembles, which run three models for each token.
+Training all experts together on as many tokens (sparse upcycling) is better than both in every cell; in as many
+sequential steps, which is what branches that train side by side are for, the two are level.
+"""
+
 MODELS = {
     "seed": "seed",
     "code": "branch: code",
@@ -130,8 +138,10 @@ def story() -> str:
         "In how many of the cells, and by how much in each (negative: the other way round):",
         "",
         *_table(wins),
+        "",
+        FINDINGS,
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def _table(rows: list[dict[str, str]]) -> list[str]:

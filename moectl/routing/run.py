@@ -52,7 +52,8 @@ class Settings:
         scores: record the routers' scores.
         predicted: record the token that the model finds most likely after each.
         trace_bytes: the most memory that the trace may take; what is counted over all tokens is not limited by it.
-        generate: so many tokens after each document, which is then cut to `sequence_length`.
+        generate: so many tokens after each document, which is then cut to `sequence_length`; an end of text does not
+            stop it.
         layerwise: one layer in memory at a time.
         device, dtype, experts_implementation: as `moectl eval` has them.
         seed: chooses the documents of the trace.
