@@ -90,9 +90,9 @@ The grid of regimes stands in the script's head and was committed before it was 
 
 FINDINGS = """\
 In short: from a seed that was trained briefly, the mixture beats the seed, every branch, their weight average and both
-ensembles in every cell. From a seed that was trained four times as long the branches have less to add: the mixture still
-beats the seed, every branch and their average, and is level with the ensembles, which run three models for each token.
-Training all experts together on as many tokens (sparse upcycling) is better than both in every cell; in as many
+ensembles in every cell. From a seed that was trained four times as long the branches have less to add: the mixture
+still beats the seed, every branch and their average, and is level with the ensembles, which run three models for each
+token. Training all experts together on as many tokens (sparse upcycling) is better than both in every cell; in as many
 sequential steps, which is what branches that train side by side are for, the two are level.
 """
 
