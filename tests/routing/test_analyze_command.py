@@ -75,7 +75,7 @@ def test_a_model_its_page_and_its_trace(place: Path) -> None:
         "How sure:",
         "Written: trace",
         "Written: page.html",
-        "Again: moectl ",
+        "Again: moectl",
         "kept:1: ",
         "Most alike by their weights: experts ",
     ):
