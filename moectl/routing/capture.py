@@ -151,8 +151,9 @@ class Capture:
         def hook(_module: nn.Module, _given: Any, output: Any) -> None:
             if tap.experts is None:
                 choices.append(tap.chosen(output))
-            if self.scores and tap.scores is not None:
-                scores.append(tap.scores(output).detach().flatten(0, -2))
+            found = tap.scores(output) if self.scores and tap.scores is not None else None
+            if found is not None:
+                scores.append(found.detach().flatten(0, -2))
 
         return hook
 

@@ -68,7 +68,7 @@ def complete(taps: Sequence[Tap], seen: Sequence[Seen]) -> Checked:
         if each.score_TE is None:
             _check_range(point, each.index_TK)
             if tap.scores is not None:
-                notes[f"{escape(point.name)}: its router was not seen to run, so there are no scores."] = None
+                notes[f"{escape(point.name)}: its router was not seen to give scores, so there are none."] = None
                 point = replace(point, score_kind="none", selects=False)
             completed.append(replace(tap, point=point, scores=None))
             continue

@@ -42,7 +42,7 @@ class Tap:
         experts: the module that is given the choice; None if `chosen` reads it from the output of `router`.
         router: the module that computes the scores.
         chosen: the choice, from the index and the weights that the experts are given, or from the router's output.
-        scores: the scores [T, E] from the router's output; None if there are none that mean anything.
+        scores: the scores [T, E] from the router's output, None if it holds none; None if none mean anything.
         ordered: the experts come in the order of the router's preference; else they are sorted by weight. Routers
             that call top-k with `sorted=False`, and tables, give them in any order.
         warning: what a reader of the numbers has to know of this family; empty for nothing.
@@ -52,7 +52,7 @@ class Tap:
     experts: nn.Module | None
     router: nn.Module | None
     chosen: Callable[..., Choice]
-    scores: Callable[[Any], Tensor] | None
+    scores: Callable[[Any], Tensor | None] | None
     ordered: bool = False
     warning: str = ""
 
@@ -102,16 +102,16 @@ def beside(model: nn.Module, name: str) -> tuple[nn.Module, nn.Module | None]:
     return block, next((router for router in routers if isinstance(router, nn.Module)), None)
 
 
-def first_scores(num_experts: int) -> Callable[[Any], Tensor]:
-    """From a router's output to its first floating-point tensor with a number for every expert.
+def first_scores(num_experts: int) -> Callable[[Any], Tensor | None]:
+    """From a router's output to its first floating-point tensor with a number for every expert, if it has one.
 
     Under expert parallelism a module knows only its own experts, and its router all: hence at least so many.
     """
 
-    def read(output: Any) -> Tensor:
+    def read(output: Any) -> Tensor | None:
         parts = output if isinstance(output, tuple) else (output,)
         floating = (part for part in parts if isinstance(part, Tensor) and part.is_floating_point())
-        return next(part for part in floating if part.shape[-1] >= num_experts)
+        return next((part for part in floating if part.shape[-1] >= num_experts), None)
 
     return read
 

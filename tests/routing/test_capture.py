@@ -289,7 +289,17 @@ def test_scores_of_a_router_that_is_passed_by_are_missing_and_not_zero() -> None
     model, x = Bypass(0), torch.randn(6, 8)
     checked = check(model, lambda: model(x))
     assert checked.taps[0].scores is None and checked.taps[0].point.score_kind == "none"
-    assert checked.notes == ("experts: its router was not seen to run, so there are no scores.",)
+    assert checked.notes == ("experts: its router was not seen to give scores, so there are none.",)
+
+
+def test_so_are_those_of_a_router_that_returns_none() -> None:
+    """As Switch's in transformers 5.17, which returns the largest probability alone."""
+    torch.manual_seed(0)
+    model, x = Block(0), torch.randn(6, 8)
+    logits = model(x)
+    model.router.register_forward_hook(lambda _m, _a, output: (output[0][:, :1], output[1], output[2]))
+    checked = check(model, lambda: model(x))
+    assert checked.taps[0].scores is None and torch.equal(model(x), logits)
 
 
 def test_mxfp4_blocks_are_read_from_the_logits_that_they_return() -> None:
