@@ -15,3 +15,8 @@ def shown(value: object, limit: int = 120) -> str:
     """`value` for a message: on one line, printable, not longer than a line or two."""
     text = value if isinstance(value, str) else repr(value)
     return escape(text if len(text) <= limit else text[:limit] + "...")
+
+
+def reason(error: Exception, limit: int = 300) -> str:
+    """The first line of what an error of another library says, printable; its kind if it says nothing."""
+    return escape((str(error).strip() or type(error).__name__).splitlines()[0])[:limit]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moectl.errors import InputError, MachineError, UsageError
-from moectl.text import escape
+from moectl.text import escape, reason
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -45,7 +45,7 @@ def upload(checkpoint: Path, repo_id: str) -> str:
         kind = InputError if denied else MachineError
         raise kind(
             f"{escape(str(checkpoint))} is whole, but it could not be uploaded to hf://{repo_id}.",
-            escape(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__),
+            reason(error),
             "Set HF_TOKEN to a token that may write there." if denied else "The same command tries the upload again.",
         ) from error
     return str(commit.commit_url)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moectl.errors import InputError, MachineError
-from moectl.text import escape
+from moectl.text import escape, reason
 
 
 def read_hub(dataset: str, split: str) -> Iterator[str]:
@@ -40,16 +40,12 @@ def read_hub(dataset: str, split: str) -> Iterator[str]:
     except (DatasetsError, ValueError, FileNotFoundError) as error:
         raise InputError(
             f"{shown} cannot be read from the Hub.",
-            _first_line(error),
+            reason(error, 200),
             "Check the spelling (org/name or org/name:split); for a private dataset set HF_TOKEN.",
         ) from error
     except OSError as error:
         raise MachineError(
             f"{shown} could not be fetched.",
-            _first_line(error),
+            reason(error, 200),
             "Check the network and HF_HUB_OFFLINE, or give a local file.",
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return escape(next(iter(str(error).splitlines()), type(error).__name__))[:200]

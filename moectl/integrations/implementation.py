@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from moectl.errors import UsageError
 from moectl.families.components import experts_and_top_k
-from moectl.text import escape, shown
+from moectl.text import escape, reason, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,6 +27,6 @@ def set_experts(model: PreTrainedModel, implementation: str, name: str) -> None:
     except (ValueError, KeyError, ImportError) as error:
         raise UsageError(
             f"--experts-implementation {shown(implementation)} cannot run {escape(name)}.",
-            escape(str(error).splitlines()[0])[:300],
+            reason(error),
             "Give eager, batched_mm, grouped_mm or moectl, or leave it out.",
         ) from error

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError
 from moectl.layerwise.quiet import quiet
-from moectl.text import escape
+from moectl.text import escape, reason
 
 
 def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
@@ -76,9 +76,8 @@ def decoder_layers(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[str,
 
 def unusable(checkpoint: Checkpoint, what: str, error: Exception) -> InputError:
     """The error for a checkpoint that transformers rejects, with the first line of its reason."""
-    reason = escape((str(error).strip() or type(error).__name__).splitlines()[0])[:300]
     return InputError(
-        f"{escape(checkpoint.name)} {what}: {reason}",
+        f"{escape(checkpoint.name)} {what}: {reason(error)}",
         "Code that comes with a checkpoint is never run, so transformers itself has to know the model.",
         "Check its config.json, or install a transformers release that has this architecture.",
     )

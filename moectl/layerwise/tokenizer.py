@@ -8,7 +8,7 @@ from typing import Any
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError
 from moectl.layerwise.quiet import quiet
-from moectl.text import escape
+from moectl.text import escape, reason
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -23,9 +23,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         with quiet():
             return AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever its parser raises, it is about the files it was given
-        reason = escape((str(error).strip() or type(error).__name__).splitlines()[0])[:200]
         raise InputError(
-            f"{escape(checkpoint.name)} has no tokenizer that transformers can use: {reason}",
+            f"{escape(checkpoint.name)} has no tokenizer that transformers can use: {reason(error, 200)}",
             "Text cannot become token ids without it.",
             "Put the tokenizer's files beside the weights (tokenizer.json, tokenizer_config.json).",
         ) from error

@@ -34,7 +34,7 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype | str = torch.float32) -> Pr
         )
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise unusable(checkpoint, "cannot be loaded by transformers", error) from error
-    _check_complete(checkpoint, info)
+    check_complete(checkpoint, info)
     return model
 
 
@@ -82,10 +82,18 @@ def dtype_named(name: str, device: torch.device) -> Any:
     return getattr(torch, name)
 
 
-def _check_complete(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
+def check_complete(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
+    """Refuse a model that would have random weights, or leaves weights of the checkpoint out.
+
+    Args:
+        info: transformers' `output_loading_info`.
+
+    Raises:
+        InputError: a key is missing, unexpected or of another shape.
+    """
     problems = []
     for kind in ("missing", "unexpected", "mismatched"):
-        keys = sorted(key if isinstance(key, str) else key[0] for key in info[f"{kind}_keys"])
+        keys = sorted(key if isinstance(key, str) else key[0] for key in info.get(f"{kind}_keys") or ())
         if keys:
             shown = ", ".join(repr(escape(key)) for key in keys[:5])
             problems.append(f"{kind} {shown}" + (f" and {len(keys) - 5} more" if len(keys) > 5 else ""))

@@ -19,7 +19,7 @@ from moectl.checkpoint.location import resolve
 from moectl.checkpoint.source import INDEX, SINGLE, Checkpoint, read_json
 from moectl.errors import InputError
 from moectl.layerwise.quiet import quiet
-from moectl.text import escape, shown
+from moectl.text import escape, reason, shown
 from moectl.training.world import World
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -106,7 +106,7 @@ def attach(adapter: Adapter, model: nn.Module) -> nn.Module:
     except InputError:
         raise
     except (ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
-        raise _unusable(adapter.name, f"does not fit {adapter.base.name}: {_first_line(error)}") from error
+        raise _unusable(adapter.name, f"does not fit {adapter.base.name}: {reason(error).rstrip('.')}") from error
     return wrapped.train()
 
 
@@ -143,7 +143,3 @@ def write_adapter(adapter: Adapter, tensors: Mapping[str, Tensor], target: Path)
 
 def _unusable(name: str, what: str, fix: str = "Check that it belongs to this model, or save it again.") -> InputError:
     return InputError(f"The adapter {escape(name)} {what}.", "It cannot be trained as it was meant.", fix)
-
-
-def _first_line(error: Exception) -> str:
-    return escape((str(error).strip() or type(error).__name__).splitlines()[0])[:300].rstrip(".")

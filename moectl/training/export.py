@@ -19,9 +19,10 @@ from moectl.checkpoint.provenance import SCHEMA, sha256_file
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import CheckFailed
 from moectl.layerwise.quiet import quiet
+from moectl.layerwise.whole import check_complete
 from moectl.text import escape
 from moectl.training.adapters import Adapter, Source, sources_of, write_adapter
-from moectl.training.model import check_complete, load_model
+from moectl.training.model import load_model
 from moectl.training.recipe import TrainRecipe
 
 SHARD_BYTES = "5GB"

@@ -14,6 +14,7 @@ from moectl.data.chat import EncodeChat, chat_encoder
 from moectl.errors import InputError
 from moectl.layerwise.quiet import quiet
 from moectl.layerwise.skeleton import read_config, unusable
+from moectl.layerwise.whole import check_complete
 from moectl.text import escape
 
 if TYPE_CHECKING:
@@ -75,22 +76,6 @@ def check_trainable(source: Checkpoint) -> None:
         raise _untrainable(source, "is quantised", "Its weights have no gradients.")
     if config.is_encoder_decoder:
         raise _untrainable(source, "is an encoder-decoder", "The loop trains next-token prediction.")
-
-
-def check_complete(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
-    """Refuse a model that would have random weights, or leaves weights of the checkpoint out.
-
-    Raises:
-        InputError: a key is missing, unexpected, or of another shape.
-    """
-    problems = {kind: info.get(f"{kind}_keys") for kind in ("missing", "unexpected", "mismatched")}
-    found = [f"{kind} {sorted(map(str, keys))[0]!r}" for kind, keys in problems.items() if keys]
-    if found:
-        raise InputError(
-            f"{escape(checkpoint.name)} does not load completely: {escape('; '.join(found))}.",
-            "Weights that are missing would be random, and unexpected ones lost.",
-            "Compare its tensors with its config.json: moectl inspect.",
-        )
 
 
 def load_encoding(source: Checkpoint, *, chat: bool = False) -> Encoding:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moectl.errors import MachineError, UsageError
-from moectl.text import escape
+from moectl.text import reason
 from moectl.training.metrics import Metrics, MetricsFile
 
 
@@ -112,8 +112,9 @@ def recording(
             try:
                 told.append(TRACKERS[name][1](root, about, fingerprint, step))
             except Exception as error:  # whatever a tracker raises: no key, no network, another version
-                reason = escape((str(error).strip() or type(error).__name__).splitlines()[0])[:300]
-                raise MachineError(f"--log-to {name} could not begin: {reason}", "", "Or leave it out.") from error
+                raise MachineError(
+                    f"--log-to {name} could not begin: {reason(error)}", "", "Or leave it out."
+                ) from error
             stack.callback(told[-1].close)
         yield told
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from moectl.errors import MachineError, UsageError
-from moectl.text import escape
+from moectl.text import escape, reason
 
 PATIENCE = timedelta(hours=4)
 """How long processes wait for one another, as all do while the first one writes the output. NCCL's ten minutes are too
@@ -84,7 +84,7 @@ def joined(device: str) -> Iterator[World]:
         distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise MachineError(
-            f"Process {rank} of {size} could not join the others: {escape(str(error).splitlines()[0])[:200]}",
+            f"Process {rank} of {size} could not join the others: {reason(error, 200)}",
             "WORLD_SIZE says that there are others, whom torchrun tells where to meet.",
             "Start all of them with torchrun, or unset WORLD_SIZE to train in one process.",
         ) from error
@@ -94,7 +94,7 @@ def joined(device: str) -> Iterator[World]:
         if not any(word in str(error).lower() for word in ("gloo", "nccl", "connection")):
             raise
         raise MachineError(
-            f"Process {rank} of {size} lost another one: {escape(str(error).splitlines()[0])[:200]}",
+            f"Process {rank} of {size} lost another one: {reason(error, 200)}",
             "All of them are needed for every step; torchrun names the one that ended first.",
             "The same command resumes from the last checkpoint, on any number of processes.",
         ) from error
