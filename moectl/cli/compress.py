@@ -90,8 +90,9 @@ def prune(
     from time import perf_counter
 
     from moectl.checkpoint.source import Checkpoint
+    from moectl.compress.calibration import BUILTIN, Calibration
     from moectl.compress.prune import plan_prune
-    from moectl.compress.prune_calibration import BUILTIN, Calibration, scores_for
+    from moectl.compress.prune_calibration import scores_for
     from moectl.compress.prune_layout import layout_of
     from moectl.compress.prune_recipe import PruneRecipe
     from moectl.compress.prune_scores import never_routed

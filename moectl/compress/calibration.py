@@ -1,0 +1,103 @@
+"""The text that a model is looked at on before it is made smaller: what was asked for, and its tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moectl.checkpoint.source import Checkpoint
+from moectl.errors import InputError, UsageError
+from moectl.text import escape
+
+BUILTIN = ("builtin:code", "builtin:prose", "builtin:arithmetic")
+SAMPLES = 128
+SEQUENCE_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text that a model is looked at on, and how it sees it; None takes a default.
+
+    Attributes:
+        data: as `--data` has it.
+        samples, sequence_length: how many sequences, of how many tokens.
+        max_tokens: of all sequences together.
+        device, dtype: where and in what the model computes.
+    """
+
+    data: tuple[str, ...] | None = None
+    samples: int | None = None
+    sequence_length: int | None = None
+    max_tokens: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What was asked for, as statistics say what they were measured on."""
+        return {
+            "data": list(self.data) if self.data else None,
+            "samples": self.samples,
+            "seq_len": self.sequence_length,
+            "max_tokens": self.max_tokens,
+        }
+
+    def about(self, token_BL: np.ndarray) -> dict[str, Any]:
+        """What was taken, with the defaults filled in."""
+        return {
+            **self.asked,
+            "data": list(self.data or BUILTIN),
+            "samples": self.samples or SAMPLES,
+            "seq_len": token_BL.shape[1],
+            "tokens": token_BL.size,
+            "dtype": self.dtype,
+        }
+
+
+def calibration_tokens(source: Checkpoint, calibration: Calibration) -> np.ndarray:
+    """The first sequences of the data's training part, [B, L].
+
+    Raises:
+        UsageError: the sequences are longer than the model's positions.
+        InputError: there is less text than one sequence, or no tokenizer.
+    """
+    from moectl.data.documents import read_documents
+    from moectl.data.tokens import token_batches
+    from moectl.layerwise.skeleton import read_config
+    from moectl.layerwise.tokenizer import encoder, load_tokenizer, separator
+
+    positions = getattr(read_config(source), "max_position_embeddings", None) or SEQUENCE_LENGTH
+    length = calibration.sequence_length or min(SEQUENCE_LENGTH, positions)
+    if length > positions:
+        raise UsageError(
+            f"--seq-len {length} is more than the {positions} positions of {escape(source.name)}.",
+            "What its experts are given beyond them means nothing.",
+            f"Give at most {positions}.",
+        )
+    samples = calibration.samples or SAMPLES
+    if calibration.max_tokens is not None:
+        samples = max(1, min(samples, calibration.max_tokens // length))
+    tokenizer = load_tokenizer(source)
+    packed = token_batches(
+        read_documents(calibration.data or BUILTIN, "train"),
+        encoder(tokenizer),
+        eos_id=separator(source, tokenizer),
+        sequence_length=length,
+        batch_size=samples,
+    )
+    token_BL = next(packed, None)
+    if token_BL is None:
+        raise InputError(
+            f"The data is shorter than one sequence of {length} tokens.",
+            "How the model's experts are used cannot be measured on it.",
+            "Give --data more text, or a smaller --seq-len.",
+        )
+    return token_BL
+
+
+def tokens_identity(token_BL: np.ndarray) -> list[Any]:
+    """Shape and hash of token ids: what tells one calibration from another."""
+    return [list(token_BL.shape), hashlib.sha256(token_BL.astype("<i8").tobytes()).hexdigest()]
