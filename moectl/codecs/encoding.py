@@ -49,18 +49,35 @@ def decode(code: np.ndarray, count_R: np.ndarray, table: Table, value_R2: np.nda
         ValueError: they are no rows of this width: the first row that is wrong is named. Nothing outside the arrays is
             read or written.
     """
-    start_R = np.cumsum(count_R, dtype=np.int64) - count_R
-    if count_R.sum(dtype=np.int64) != len(code):
-        raise ValueError(f"its rows count {count_R.sum(dtype=np.int64)} codewords, and it has {len(code)}")
-    short = np.flatnonzero(count_R * np.int64(table.lengths.max()) < width)
-    if len(short):  # before memory is taken for a width that the codewords cannot fill
-        raise ValueError(f"the codewords of row {short[0]} end before its {width} weights do")
+    start_R = _starts(code, count_R, table, width)
     bits = np.dtype(f"u{value_R2.dtype.itemsize}")
     value_RN = np.zeros((len(count_R), width), bits)
     wrong = _decode(code, start_R, count_R, table.entries, np.ascontiguousarray(value_R2).view(bits), value_RN)
     if wrong >= 0:
         raise ValueError(f"the codewords of row {wrong} are not those of {width} weights")
     return value_RN.view(value_R2.dtype)
+
+
+def check(code: np.ndarray, count_R: np.ndarray, table: Table, width: int) -> None:
+    """Make sure that `decode` would give a matrix, without decoding it.
+
+    Raises:
+        ValueError: as `decode` raises it.
+    """
+    wrong = _check(code, _starts(code, count_R, table, width), count_R, table.entries, width)
+    if wrong >= 0:
+        raise ValueError(f"the codewords of row {wrong} are not those of {width} weights")
+
+
+def _starts(code: np.ndarray, count_R: np.ndarray, table: Table, width: int) -> np.ndarray:
+    """The first codeword of each row, int64 [R]."""
+    if count_R.sum(dtype=np.int64) != len(code):
+        raise ValueError(f"its rows count {count_R.sum(dtype=np.int64)} codewords, and it has {len(code)}")
+    short = np.flatnonzero(count_R * np.int64(table.lengths.max()) < width)
+    if len(short):  # before memory is taken for a width that the codewords cannot fill
+        raise ValueError(f"the codewords of row {short[0]} end before its {width} weights do")
+    start_R: np.ndarray = np.cumsum(count_R, dtype=np.int64) - count_R
+    return start_R
 
 
 @compiled
@@ -116,6 +133,25 @@ def _decode(
                 if column >= width:
                     return row
                 value_RN[row, column] = value_R2[row, entry >> slot + 56 & 1]
+            start += entry & 255
+        if start < width:
+            return row
+    return -1
+
+
+@compiled
+def _check(code: np.ndarray, start_R: np.ndarray, count_R: np.ndarray, entries: np.ndarray, width: int) -> int:
+    """The first row that `_decode` would refuse, or -1."""
+    for row in range(len(count_R)):
+        start = 0
+        for entry in entries[code[start_R[row] : start_R[row] + count_R[row]]]:
+            if start >= width or entry == 0:
+                return row
+            if start + (entry & 255) > width:
+                for slot in range(SLOTS):
+                    offset = entry >> 8 * slot + 8 & 255
+                    if offset != UNUSED and start + offset >= width:
+                        return row
             start += entry & 255
         if start < width:
             return row

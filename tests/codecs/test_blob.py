@@ -41,6 +41,14 @@ def test_a_matrix_comes_back_through_a_file(tmp_path, shape, dtype, number):
     assert np.array_equal(blob.trits(), trits)
 
 
+def test_a_transposed_parameter_is_noted_and_its_matrix_left_as_it_is():
+    trits, levels = matrix((7, 130))
+    plain, noted = (pack(trits, levels, "m", transposed=transposed) for transposed in (False, True))
+    assert not parse("m", plain.tensors()).transposed
+    again = parse("m", noted.tensors())
+    assert again.transposed and again.weights().tobytes() == plain.weights().tobytes()
+
+
 def test_rates_add_up():
     blobs = [
         (pack(*matrix(shape, seed=width)), matrix(shape, seed=width)[0])
@@ -49,7 +57,7 @@ def test_rates_add_up():
     rates = [measure(blob, trits) for blob, trits in blobs]
     total = sum(rates, Rate())
     on_disk = sum(
-        tensor.nbytes - (12 if name.endswith("about") else 0)
+        tensor.nbytes - (16 if name.endswith("about") else 0)
         for blob, _ in blobs
         for name, tensor in blob.tensors().items()
     )
@@ -79,8 +87,10 @@ DAMAGES = {
     "huge width": ("codes", lambda t: t["m.about"].put(2, 2**31 - 1)),
     "wider": ("codes", lambda t: t["m.about"].put(2, 900)),
     "narrower": ("codes", lambda t: t["m.about"].put(2, 100)),
-    "long about": ("about", lambda t: t.update({"m.about": np.zeros(4, np.int32)})),
-    "about of floats": ("about", lambda t: t.update({"m.about": np.ones(3, np.float32)})),
+    "long about": ("about", lambda t: t.update({"m.about": np.zeros(6, np.int32)})),
+    "short about": ("about", lambda t: t.update({"m.about": t["m.about"][:3]})),
+    "unknown flags": ("about", lambda t: t["m.about"].put(3, 2)),
+    "about of floats": ("about", lambda t: t.update({"m.about": np.ones(4, np.float32)})),
     "codes cut": ("counts", lambda t: t.update({"m.codes": t["m.codes"][:-1]})),
     "codes of another type": ("codes", lambda t: t.update({"m.codes": t["m.codes"].astype(np.int32)})),
     "codes in rows": ("codes", lambda t: t.update({"m.codes": t["m.codes"][None]})),
