@@ -1,0 +1,106 @@
+"""What a quantiser is, and which one a number of bits asks for."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moectl.compress.quantise.grid import Grid
+from moectl.compress.quantise.piece import Piece
+from moectl.compress.quantise.ternary import Ternary
+from moectl.errors import UsageError
+
+MOST_TERNARY = 1.6
+
+
+class Method(Protocol):
+    """How a batch of G matrices of R rows (outputs) and N columns (inputs) is quantised and stored."""
+
+    def quantise(self, weight_GRN: Tensor, hessian_GNN: Tensor | None, counted_G: Tensor | None) -> Piece:
+        """Quantise matrices.
+
+        Args:
+            weight_GRN: float32, on any device.
+            hessian_GNN: second moments of the inputs, float32, of any scale; None, or nothing but zeros for one of the
+                matrices, rounds to nearest.
+            counted_G: tokens that each Hessian is of.
+
+        Raises:
+            ValueError: a weight or a Hessian is not finite: the matrix is named by its index in the batch.
+            InputError: the bits cannot be met with matrices of this width.
+        """
+        ...
+
+    def dense(self, piece: Piece) -> Tensor:
+        """The matrices [G, R, N] in float32, exactly as a reader of what is stored decodes them."""
+        ...
+
+    def store(self, name: str, piece: Piece, *, transposed: bool, stacked: bool) -> dict[str, np.ndarray]:
+        """The tensors of a whole parameter: of G matrices, or where it is not `stacked`, of one without that dimension.
+
+        Args:
+            name: of the parameter.
+            piece: of all its matrices.
+            transposed: the parameter is the transpose of each matrix.
+            stacked: it has a dimension for G.
+        """
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """What was asked for: two that are alike give the same, and do the same."""
+        ...
+
+
+def method(
+    bits: float | None,
+    *,
+    compat: bool = False,
+    group_size: int = 128,
+    symmetric: bool = False,
+    code: str = "tunstall",
+    dtype: torch.dtype,
+    damping: float = 0.1,
+) -> Method:
+    """The quantiser for so many bits.
+
+    Args:
+        bits: of a weight, all counted, below 2: ternary; None: ternary with the paper's thresholds, at whatever that
+            takes. 2, 3 or 4: a uniform grid.
+        compat: levels and thresholds of QMoE (arXiv 2310.16795), ternary only.
+        group_size: weights that share a scale, -1 for a whole row; uniform grids only.
+        symmetric: uniform grids without zero points.
+        code: `tunstall` or the paper's `qmoe`, ternary only.
+        dtype: of the parameters in the checkpoint, so of levels and scales.
+        damping: what is added to the diagonal of Hessians, relative to its mean.
+
+    Raises:
+        UsageError: there is no such quantiser.
+    """
+    if not damping > 0:
+        raise UsageError(f"Hessians cannot be damped with {damping:g}.", fix="Use a small number above 0, such as 0.1.")
+    if bits is None or 0 < bits < 2:
+        if compat and bits is not None:
+            raise UsageError(
+                "The paper's ternary grid takes the bits it takes.", fix="Leave out --bits or --qmoe-compat."
+            )
+        if bits is not None and bits > MOST_TERNARY:
+            raise UsageError(
+                f"Ternary weights never take {bits:g} bits.",
+                "A weight that is one of three values has 1.58 bits at most, whatever they are.",
+                f"Use {MOST_TERNARY:g} or less, or 2, 3 or 4 bits.",
+            )
+        return Ternary(bits=bits, compat=compat, code=code, dtype=dtype, damping=damping)
+    if bits not in (2, 3, 4):
+        raise UsageError(
+            f"There is no way to quantise to {bits:g} bits.",
+            "Below 2 bits weights are ternary, at 2, 3 and 4 they are on a uniform grid.",
+            "Use a number below 2, such as 0.8, or 2, 3 or 4.",
+        )
+    if compat:
+        raise UsageError("The paper's grid is ternary.", fix="Leave out --bits or --qmoe-compat.")
+    if group_size != -1 and group_size < 1:
+        raise UsageError(f"Groups of {group_size} weights are impossible.", fix="Use 1 or more, or -1 for whole rows.")
+    return Grid(bits=int(bits), group_size=group_size, symmetric=symmetric, dtype=dtype, damping=damping)

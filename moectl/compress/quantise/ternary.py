@@ -1,0 +1,132 @@
+"""Rows of three values: zero, a level for - and a level for +, found by GPTQ.
+
+G matrices, R rows, N columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moectl.codecs import blob
+from moectl.codecs.tables import QMOE
+from moectl.compress.quantise.gptq import Factor, factor, identity, strength, sweep
+from moectl.compress.quantise.levels import of_the_paper, priced, usual_price
+from moectl.compress.quantise.piece import ROWS, Piece, check_finite, energy, relative_error, to_numpy
+from moectl.compress.quantise.rate import bits, check_possible, meet
+from moectl.compress.quantise.refit import refit
+
+
+@dataclass(frozen=True, slots=True)
+class Ternary:
+    """GPTQ to a grid of three values in each row.
+
+    Attributes:
+        bits: of a weight, all counted; None for the thresholds of the paper, at what that takes.
+        compat: the paper's levels as well, found before GPTQ and kept.
+        code: `tunstall` or `qmoe`.
+        dtype: of levels.
+        damping: relative to the mean of a Hessian's diagonal.
+    """
+
+    bits: float | None
+    compat: bool
+    code: str
+    dtype: torch.dtype
+    damping: float
+
+    def quantise(self, weight_GRN: Tensor, hessian_GNN: Tensor | None, counted_G: Tensor | None = None) -> Piece:
+        """See `Method.quantise`."""
+        check_finite(weight_GRN, hessian_GNN)
+        factored = identity(weight_GRN) if hessian_GNN is None else factor(hessian_GNN, self.damping)
+        strength_GN = factored.pivot_GN if hessian_GNN is None else strength(hessian_GNN, self.damping)
+        if self.bits is None:
+            found = self._quantised(weight_GRN, factored, strength_GN, None)
+        else:
+            check_possible(self.bits, weight_GRN.shape[2], self.code, self.dtype)
+            unit_G = usual_price(weight_GRN, strength_GN)
+
+            def rate(rows_GRN: Tensor, times_G: Tensor) -> Tensor:
+                rounded_GNR, *_ = self._swept(rows_GRN, factored, strength_GN, times_G * unit_G)
+                return bits(rounded_GNR.sign().to(torch.int8).mT, self.code, self.dtype)
+
+            def whole(times_G: Tensor) -> Piece:
+                return self._quantised(weight_GRN, factored, strength_GN, times_G * unit_G)
+
+            found = meet(self.bits, weight_GRN, rate, whole)
+        return found | {
+            "factor_G": torch.full_like(found["bits_G"], float(self.bits is None)),
+            "fallback_G": factored.fallback_G,
+        }
+
+    def _quantised(self, weight_GRN: Tensor, factored: Factor, strength_GN: Tensor, price_G: Tensor | None) -> Piece:
+        """All of a piece but what does not depend on the price."""
+        parts = [self._rows(rows_GRN, factored, strength_GN, price_G) for rows_GRN in weight_GRN.split(ROWS, 1)]
+        trits_GRN, levels_GR2, lost_GR, whole_GR = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+        return {
+            "trits_GRN": trits_GRN,
+            "levels_GR2": levels_GR2,
+            "error_G": relative_error(lost_GR, whole_GR),
+            "zeros_G": (trits_GRN == 0).flatten(1).to(weight_GRN.dtype).mean(1),
+            "bits_G": bits(trits_GRN, self.code, self.dtype),
+        }
+
+    def _rows(
+        self, weight_GRN: Tensor, factored: Factor, strength_GN: Tensor, price_G: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Codes and levels of some rows, and the energies of what is lost and of the rows."""
+        weight_GNR = weight_GRN.mT.contiguous()
+        rounded_GNR, off_GNR, levels_GR2 = self._swept(weight_GRN, factored, strength_GN, price_G)
+        through_GNR, trits_GNR = factored.through(weight_GNR), rounded_GNR.sign()
+        if not self.compat:
+            levels_GR2, off_GNR = refit(factored, through_GNR, trits_GNR, levels_GR2, off_GNR, self.dtype)
+        lost_GNR = weight_GNR - _values(trits_GNR, levels_GR2[:, None])
+        energies = energy(factored, off_GNR, lost_GNR), energy(factored, through_GNR, weight_GNR)
+        return trits_GNR.to(torch.int8).mT.contiguous(), levels_GR2.to(self.dtype), *energies
+
+    def _swept(
+        self, weight_GRN: Tensor, factored: Factor, strength_GN: Tensor, price_G: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What rows become, what they are off by, and levels."""
+        if price_G is None:
+            levels = of_the_paper(weight_GRN, 1.0, not self.compat, self.dtype)
+        else:
+            levels = priced(weight_GRN, strength_GN, price_G, self.dtype)
+
+        def to_value(target_GR: Tensor, column: int) -> Tensor:
+            return levels.value(target_GR, strength_GN[:, column])
+
+        return *sweep(weight_GRN.mT.contiguous(), factored, to_value), levels.values_GR2
+
+    def dense(self, piece: Piece) -> Tensor:
+        """See `Method.dense`."""
+        return _values(piece["trits_GRN"], piece["levels_GR2"].float()[:, :, None])
+
+    def store(self, name: str, piece: Piece, *, transposed: bool, stacked: bool) -> dict[str, np.ndarray]:
+        """See `Method.store`."""
+        trits, levels = (
+            to_numpy(piece[key] if stacked else piece[key].squeeze(0)) for key in ("trits_GRN", "levels_GR2")
+        )
+        number = QMOE if self.code == "qmoe" else None
+        return blob.pack(trits, levels, name, number, transposed=transposed).tensors()
+
+    def to_json(self) -> dict[str, Any]:
+        """See `Method.to_json`."""
+        return {
+            "method": "ternary",
+            "bits": self.bits,
+            "compat": self.compat,
+            "code": self.code,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "damping": self.damping,
+        }
+
+
+def _values(trits: Tensor, levels: Tensor) -> Tensor:
+    """What codes stand for; the last dimension of `levels`, [..., 2], is that of the two levels."""
+    low, high = levels.unbind(-1)
+    return torch.where(trits > 0, high, torch.where(trits < 0, low, 0))

@@ -1,0 +1,172 @@
+"""Ternary rows: the paper's, at the rates of its rule, and ours, at the rate that is asked for."""
+
+import gptq_by_hand
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quantised import DTYPES, any_problem, assert_error_is_told, assert_reads_as_dense, correlated, read_back
+
+from moectl.codecs.tables import QMOE
+from moectl.compress.quantise.gptq import strength
+from moectl.compress.quantise.levels import priced, usual_price
+from moectl.compress.quantise.method import method
+from moectl.compress.quantise.rate import least_bits
+from moectl.errors import InputError, UsageError
+
+BF16 = torch.bfloat16
+
+
+@settings(max_examples=60, deadline=None)
+@given(any_problem(), st.sampled_from(DTYPES), st.sampled_from(["paper", "means", "target"]))
+def test_what_is_stored_reads_as_what_gptq_assumed(problem, dtype, kind):
+    weight, moments = problem
+    target = None
+    if kind == "target" and least_bits(weight.shape[2], "tunstall", dtype) < 1.5:
+        target = 1.5
+    chosen = method(target, compat=kind == "paper", dtype=dtype)
+    piece = chosen.quantise(weight, moments, None)
+    assert_reads_as_dense(chosen, piece, dtype)
+    assert all(len(value) == len(weight) and torch.isfinite(value.float()).all() for value in piece.values())
+    empty = (weight == 0).all(2)
+    assert not piece["trits_GRN"][empty].any()
+
+
+def test_the_papers_grid_is_the_papers():
+    weight, moments = correlated(2, 6, 150)
+    piece = method(None, compat=True, dtype=BF16).quantise(weight, moments, None)
+    ends = torch.stack([weight.amin(2), weight.amax(2)], 2)
+    assert torch.equal(piece["levels_GR2"], ends.to(BF16))
+    nearest = method(None, compat=True, dtype=BF16).quantise(weight, None, None)
+    expected = (weight > ends[..., 1:] / 2).to(torch.int8) - (weight < ends[..., :1] / 2).to(torch.int8)
+    assert torch.equal(nearest["trits_GRN"], expected)
+
+
+def test_no_inputs_are_as_good_as_a_hessian_of_zeros():
+    weight, _ = correlated(2, 6, 150)
+    chosen = method(None, dtype=BF16)
+    without, cold = (chosen.quantise(weight, moments, None) for moments in (None, torch.zeros(2, 150, 150)))
+    assert all(torch.equal(without[key], cold[key]) for key in without)
+    lost = (weight - chosen.dense(cold)).double().square().sum((1, 2)) / weight.double().square().sum((1, 2))
+    assert torch.allclose(cold["error_G"].double(), lost, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [None, 0.8])
+def test_the_error_that_is_told_is_that_of_what_is_read(bits):
+    weight, moments = correlated(2, 32, 384)
+    chosen = method(bits, dtype=BF16)
+    piece = chosen.quantise(weight, moments, None)
+    assert_error_is_told(chosen, weight, moments, piece)
+    with pytest.raises(AssertionError):
+        assert_error_is_told(chosen, weight, moments, piece | {"levels_GR2": piece["levels_GR2"] * 1.05})
+
+
+def test_it_is_gptq_with_levels_as_they_are_stored():
+    weight, moments = correlated(1, 4, 90)
+    chosen = method(None, compat=True, dtype=BF16)
+    dense = chosen.dense(chosen.quantise(weight, moments, None))[0].numpy()
+    ends = np.stack([weight[0].amin(1), weight[0].amax(1)], 1).astype(np.float64)
+
+    def by_hand(levels):
+        def to_value(value, row, column):
+            low, high = ends[row] / 2
+            return levels[row, 1] if value > high else levels[row, 0] if value < low else 0.0
+
+        return gptq_by_hand.quantise(weight[0].numpy(), gptq_by_hand.damped(moments[0].numpy(), 0.1), to_value)
+
+    stored, where = by_hand(torch.tensor(ends).to(BF16).double().numpy())
+    assert np.allclose(dense, stored, atol=1e-7)
+    assert np.abs(by_hand(ends)[1] - where).max() > 1e-5  # levels that are rounded only when they are stored
+
+
+def test_levels_are_those_of_least_squares():
+    weight, moments = correlated(1, 4, 200)
+    chosen = method(None, dtype=torch.float32)
+    piece = chosen.quantise(weight, moments, None)
+    damped = (moments[0] + 0.1 * moments[0].diagonal().mean() * torch.eye(200)).double().numpy()
+    for row in range(4):
+        trits = piece["trits_GRN"][0, row].numpy()
+        columns = np.stack([trits < 0, trits > 0], 1).astype(float)
+        root = np.linalg.cholesky(damped).T
+        best = np.linalg.lstsq(root @ columns, root @ weight[0, row].double().numpy(), rcond=None)[0]
+        assert np.allclose(piece["levels_GR2"][0, row].numpy(), best, rtol=1e-3)
+
+
+@pytest.mark.parametrize("code", ["tunstall", "qmoe"])
+@pytest.mark.parametrize("target", [0.9, 1.1])
+def test_the_bits_that_are_asked_for_are_met(target, code):
+    weight, moments = correlated(2, 96, 512)
+    weight[1] /= torch.tensor(np.random.default_rng(0).chisquare(5, (96, 512)) / 5).sqrt()
+    chosen = method(target, code=code, dtype=BF16)
+    piece = chosen.quantise(weight, moments, None)
+    assert torch.allclose(piece["bits_G"], torch.tensor(target), rtol=0.02)
+    tensors = chosen.store("m", piece, transposed=False, stacked=True)
+    on_disk = sum(8 * tensor.nbytes for tensor in tensors.values())
+    assert on_disk / weight.numel() == pytest.approx(target, rel=0.02)
+    assert (tensors["m.about"][1] == QMOE) == (code == "qmoe")
+
+
+def test_ours_is_better_than_the_papers_at_equal_bits():
+    weight, moments = correlated(1, 96, 512)
+    paper = method(None, compat=True, dtype=BF16).quantise(weight, moments, None)
+    ours = method(paper["bits_G"].item(), dtype=BF16).quantise(weight, moments, None)
+    assert ours["bits_G"] < 1.01 * paper["bits_G"]
+    assert ours["error_G"] < 0.6 * paper["error_G"]
+
+
+def test_what_bits_cannot_do_is_said():
+    weight, moments = correlated(1, 4, 64)
+    with pytest.raises(InputError, match=r"rows of 64 weights cannot have 0\.8 bits") as caught:
+        method(0.8, dtype=BF16).quantise(weight, moments, None)
+    assert "1.25 bits or more" in caught.value.fix
+    method(1.25, dtype=BF16).quantise(weight, moments, None)
+    for impossible in (1.7, 5, 2.5):
+        with pytest.raises(UsageError):
+            method(impossible, dtype=BF16)
+    for bits in (0.8, 4):
+        with pytest.raises(UsageError):
+            method(bits, compat=True, dtype=BF16)
+
+
+def test_no_other_choice_of_a_level_pays():
+    """Levels and thresholds are a minimum of errors plus price: no other value of a level makes the sum less."""
+    weight, moments = correlated(1, 3, 400)
+    importance = strength(moments, 0.1)
+    price = 2 * usual_price(weight, importance)
+    levels = priced(weight, importance, price, torch.float32)
+    importance = importance[0]
+
+    def cost(row, values):
+        off = torch.stack([importance * (weight[0, row] - value) ** 2 + price * (value != 0) for value in (0, *values)])
+        return off.amin(0).sum()
+
+    for row in range(3):
+        low, high = levels.values_GR2[0, row].tolist()
+        best = cost(row, (low, high))
+        for factor_ in (0.97, 1.03):
+            assert best < cost(row, (low * factor_, high)) and best < cost(row, (low, high * factor_))
+
+
+def test_a_parameter_that_is_no_stack_and_one_that_is_transposed():
+    weight, moments = correlated(1, 5, 70)
+    chosen = method(None, dtype=BF16)
+    piece = chosen.quantise(weight, moments, None)
+    flat = chosen.store("m", piece, transposed=True, stacked=False)
+    assert flat["m.counts"].shape == (5,) and flat["m.about"].tolist()[2:] == [70, 1]
+    assert read_back(chosen, piece, transposed=True).transposed and not read_back(chosen, piece).transposed
+    assert read_back(chosen, piece).shape == (1, 5, 70)
+
+
+@pytest.mark.parametrize(("decay", "paper", "means"), [(0.5, 0.568, 0.448), (1.0, 0.263, 0.213)])
+def test_the_papers_error_and_that_with_means_are_as_known(decay, paper, means):
+    """Normal weights and inputs of `gptq_by_hand.inputs`; `benchmarks/gptq_table.py` has more of the table."""
+    random = torch.Generator().manual_seed(0)
+    matrices, width = 4, 1024
+    turn = torch.linalg.qr(torch.randn(matrices, width, width, generator=random))[0]
+    inputs = torch.randn(matrices, 4 * width, width, generator=random) * torch.arange(1, width + 1) ** (-decay / 2)
+    moments = turn @ (inputs.mT @ inputs) @ turn.mT
+    weight = torch.randn(matrices, 24, width, generator=random)
+    for compat, known in ((True, paper), (False, means)):
+        piece = method(None, compat=compat, dtype=BF16).quantise(weight, moments, None)
+        assert piece["error_G"].mean().item() == pytest.approx(known, rel=0.05)
