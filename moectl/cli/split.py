@@ -159,7 +159,7 @@ def _loss_note(source: Checkpoint, out: Path, specs: tuple[str, ...]) -> str:
     """The held-out loss of both models, domain by domain; or why it was not measured, as the output stands anyway."""
     from moectl.checkpoint.source import Checkpoint
     from moectl.evaluation.heldout import heldout_batches, heldout_loss
-    from moectl.evaluation.memory import available_memory
+    from moectl.layerwise.memory import available_memory
     from moectl.layerwise.quiet import quiet
     from moectl.layerwise.tokenizer import encoder, load_tokenizer, separator
     from moectl.layerwise.whole import load

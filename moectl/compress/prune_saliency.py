@@ -5,8 +5,6 @@ Legend: B sequences, L tokens each, T tokens of a pass, K experts per token, S r
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +19,7 @@ from moectl.checkpoint.source import Checkpoint
 from moectl.compress.prune_layout import Layout, layer_of
 from moectl.compress.prune_scores import GATED, NORMS, TOKENS, WEIGHTS, Measured
 from moectl.errors import InputError
+from moectl.layerwise.experts import choice, takes_choice
 from moectl.layerwise.model import LayerCall, LayerwiseModel
 from moectl.text import escape
 
@@ -28,9 +27,6 @@ PASS_TOKENS = 16_384
 """Run at once: what bounds memory, since a pass reads every layer once for all of its tokens."""
 _ROWS = 8192
 """Routed rows whose outputs are in memory at once."""
-
-_INDEX = re.compile(r"(index|indices|selected_experts)$")
-_WEIGHTS = re.compile(r"(weights|probs|scores)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +99,7 @@ def watch(model: LayerwiseModel, token_BL: np.ndarray, layout: Layout, look: Loo
     def visit(call: LayerCall) -> Tensor:
         if call.index not in wanted:
             return call.run()
-        found = [name for name, module in call.module.named_modules() if takes_choice(type(module))]
+        found = [name for name, module in call.module.named_modules() if takes_choice(module)]
         if len(found) != 1:
             raise InputError(
                 f"{escape(layout.source.name)}: layer {call.index} gives {len(found)} modules a choice of experts.",
@@ -127,18 +123,10 @@ def watch(model: LayerwiseModel, token_BL: np.ndarray, layout: Layout, look: Loo
         def again() -> Any:
             return call.run() if block is call.module else block(*given[block][0], **given[block][1])
 
-        bound = inspect.signature(type(experts).forward).bind(experts, *given[experts][0], **given[experts][1])
-        x, index, weight = list(bound.arguments.values())[1:4]
-        look(Call(call.index, experts, block, again, *(part.flatten(0, -2) for part in (x, index, weight))))
+        look(Call(call.index, experts, block, again, *choice(experts, *given[experts])))
         return output
 
     model.run(torch.from_numpy(token_BL).to(model.model.device), visit)
-
-
-def takes_choice(kind: type[nn.Module]) -> bool:
-    """Whether modules of a class are called with (hidden states, index, weights)."""
-    names = list(inspect.signature(kind.forward).parameters)[1:4]
-    return len(names) == 3 and bool(_INDEX.search(names[1]) and _WEIGHTS.search(names[2]))
 
 
 def weight_scores(layout: Layout) -> Measured:

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError
-from moectl.evaluation.memory import available_memory
+from moectl.layerwise.memory import available_memory
 from moectl.layerwise.model import LayerwiseModel
 from moectl.layerwise.quiet import quiet
 from moectl.layerwise.skeleton import read_config

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError, MachineError
 from moectl.evaluation.heldout import heldout_batches, heldout_loss
-from moectl.evaluation.memory import available_memory
+from moectl.layerwise.memory import available_memory
 from moectl.layerwise.quiet import quiet
 from moectl.layerwise.skeleton import read_config
 from moectl.layerwise.tokenizer import encoder, load_tokenizer, separator

@@ -66,6 +66,11 @@ class WeightLoader:
         """Every parameter and saved buffer of the model, tied ones under each of their names."""
         return list(self._empty)
 
+    @property
+    def sources(self) -> dict[str, list[str]]:
+        """The tensors on disk that each parameter or saved buffer is made of."""
+        return self._sources
+
     @contextmanager
     def loaded(self, names: Sequence[str]) -> Iterator[None]:
         """Inside, the named parameters have their values, in the loader's dtype; afterwards, none again.

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError
+from moectl.integrations.complete import is_coded
 from moectl.layerwise.quiet import quiet
 from moectl.text import escape, reason
 
@@ -37,6 +38,9 @@ def build(
         InputError: it is quantised, an encoder-decoder, or no causal language model of transformers.
     """
     config = read_config(checkpoint)
+    if is_coded(checkpoint):
+        fix = "Make an ordinary checkpoint of it with `moectl decompress`, or give the one it was made from."
+        raise _unsupported(checkpoint, "has coded experts", fix)
     if getattr(config, "quantization_config", None):
         raise _unsupported(checkpoint, "is quantised", "Give the checkpoint it was made from.")
     if config.is_encoder_decoder:

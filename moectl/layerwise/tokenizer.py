@@ -21,13 +21,21 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever its parser raises, it is about the files it was given
-        raise InputError(
-            f"{escape(checkpoint.name)} has no tokenizer that transformers can use: {reason(error, 200)}",
-            "Text cannot become token ids without it.",
-            "Put the tokenizer's files beside the weights (tokenizer.json, tokenizer_config.json).",
-        ) from error
+        raise _unusable(checkpoint, reason(error, 200)) from error
+    # Without any files transformers makes, for Qwen and others, one that has special tokens alone (5.17 to 5.23).
+    if not any(token.strip("\u2581") for token in tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)):
+        raise _unusable(checkpoint, "it knows no text.")
+    return tokenizer
+
+
+def _unusable(checkpoint: Checkpoint, why: str) -> InputError:
+    return InputError(
+        f"{escape(checkpoint.name)} has no tokenizer that transformers can use: {why}",
+        "Text cannot become token ids without it.",
+        "Put the tokenizer's files beside the weights (tokenizer.json, tokenizer_config.json).",
+    )
 
 
 def encoder(tokenizer: Any) -> Callable[[str], list[int]]:

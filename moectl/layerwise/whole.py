@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 from moectl.checkpoint.dtypes import TORCH_NAMES
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError, MachineError, UsageError
+from moectl.integrations.complete import from_pretrained
 from moectl.layerwise.skeleton import read_config, unusable
 from moectl.text import escape, shown
 
@@ -21,21 +22,13 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype | str = torch.float32) -> Pr
     Raises:
         InputError: transformers cannot load it, or a key is missing, unexpected or of another shape.
     """
+    auto = AutoModelForSeq2SeqLM if read_config(checkpoint).is_encoder_decoder else AutoModelForCausalLM
     try:
-        auto = AutoModelForSeq2SeqLM if read_config(checkpoint).is_encoder_decoder else AutoModelForCausalLM
-        model, info = auto.from_pretrained(
-            checkpoint.path,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they come listed, to be refused with the others
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
+        return from_pretrained(auto, checkpoint, dtype=dtype)
+    except InputError:  # a ValueError too
+        raise
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise unusable(checkpoint, "cannot be loaded by transformers", error) from error
-    check_complete(checkpoint, info)
-    return model
 
 
 def check_ids(checkpoint: Checkpoint, model: PreTrainedModel, documents: Iterable[Iterable[int]]) -> None:
@@ -80,26 +73,3 @@ def dtype_named(name: str, device: torch.device) -> Any:
     if name not in TORCH_NAMES:
         raise UsageError(f"--dtype {shown(name)!r} is not known.", "", "Give auto, float32, bfloat16 or float16.")
     return getattr(torch, name)
-
-
-def check_complete(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
-    """Refuse a model that would have random weights, or leaves weights of the checkpoint out.
-
-    Args:
-        info: transformers' `output_loading_info`.
-
-    Raises:
-        InputError: a key is missing, unexpected or of another shape.
-    """
-    problems = []
-    for kind in ("missing", "unexpected", "mismatched"):
-        keys = sorted(key if isinstance(key, str) else key[0] for key in info.get(f"{kind}_keys") or ())
-        if keys:
-            shown = ", ".join(repr(escape(key)) for key in keys[:5])
-            problems.append(f"{kind} {shown}" + (f" and {len(keys) - 5} more" if len(keys) > 5 else ""))
-    if problems:
-        raise InputError(
-            f"{escape(checkpoint.name)} does not load completely: {'; '.join(problems)}.",
-            "Missing or mismatched weights would be random and unexpected ones ignored: another function.",
-            "Compare its tensors with its config.json (`moectl inspect`), or download or write it again.",
-        )

@@ -20,8 +20,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from moectl.errors import InputError
+from moectl.layerwise.experts import argument_names
 from moectl.routing.points import find
-from moectl.routing.tap import Choice, Tap, argument_names
+from moectl.routing.tap import Choice, Tap
 from moectl.text import escape
 
 

@@ -16,7 +16,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from moectl.errors import InputError
-from moectl.routing.tap import Tap, argument_names
+from moectl.layerwise.experts import argument_names
+from moectl.routing.tap import Tap
 
 _PRODUCTS = (functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 _ONE_SUM = 0.01

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from moectl.errors import InputError
+from moectl.layerwise.experts import takes_choice
 from moectl.routing.adapters import adapters
-from moectl.routing.tap import Tap, dispatch_tap, takes_choice
+from moectl.routing.tap import Tap, dispatch_tap
 
 
 def find(model: nn.Module) -> list[Tap]:

@@ -9,11 +9,9 @@ Legend: T tokens (rows of the call), E experts, K experts per token.
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,8 +21,6 @@ from moectl.traces.trace import Point
 BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 """What families call the numbers that are added to scores for choosing alone."""
 
-_INDEX = re.compile(r"(index|indices|selected_experts|router_mask)$")
-_WEIGHTS = re.compile(r"(weights|probs|scores)$")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|block|h)\.(\d+)(?=\.)")
 _ROUTERS = ("router", "gate")
 _COUNTS = ("total_experts", "num_experts", "num_local_experts")
@@ -55,24 +51,6 @@ class Tap:
     scores: Callable[[Any], Tensor | None] | None
     ordered: bool = False
     warning: str = ""
-
-
-def takes_choice(module: nn.Module) -> bool:
-    """Whether a module is called with (hidden states, index, weights)."""
-    return argument_names(type(module)) is not None
-
-
-def argument_names(kind: type[nn.Module]) -> tuple[str, str] | None:
-    """What a class of experts calls its index and its weights; None if it is no such class."""
-    return _argument_names(kind.forward)
-
-
-@cache
-def _argument_names(forward: Callable[..., Any]) -> tuple[str, str] | None:
-    names = list(inspect.signature(forward).parameters)[1:4]
-    if len(names) == 3 and _INDEX.search(names[1]) and _WEIGHTS.search(names[2]):
-        return names[1], names[2]
-    return None
 
 
 def dispatch_tap(model: nn.Module, name: str) -> Tap:

@@ -1,4 +1,4 @@
-"""How much memory a process may still take: what the host has free, and what its control groups leave of that.
+"""How much memory a process has taken and may still take: what the host has free, and its control groups leave of it.
 
 A container or a batch job sees the host's /proc/meminfo, but is killed at its own limit. Files: `man 5 proc`,
 https://docs.kernel.org/admin-guide/cgroup-v2.html and https://docs.kernel.org/admin-guide/cgroup-v1/memory.html.
@@ -38,6 +38,15 @@ def available_memory(root: Path = Path("/")) -> int:
     cached file pages do not count as used: reading a checkpoint fills the group with them, and they go when needed.
     """
     return max(0, min([_host(root / "proc/meminfo"), *_groups(root)]))
+
+
+def resident(field: str) -> int | None:
+    """Bytes of memory of this process: `VmRSS` now, `VmHWM` at most; None where the system does not tell."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None)
 
 
 def _host(meminfo: Path) -> int:

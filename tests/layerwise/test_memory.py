@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moectl.evaluation.memory import available_memory
+from moectl.layerwise.memory import available_memory
 
 MIB = 1 << 20
 HOST = 1000 * MIB

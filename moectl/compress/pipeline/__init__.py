@@ -1,0 +1,1 @@
+"""Quantising the experts of a checkpoint one decoder layer at a time, from disk to disk."""
