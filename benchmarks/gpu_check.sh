@@ -39,6 +39,8 @@ step tests 140 "$PYTHON" -m pytest tests/gpu
 step train 105 bash -c 'bench layer train "$@"' - "${acceptance[@]}" --tokens 32768 --what fwd,train --html "$OUT/train.html"
 step decode 105 bash -c 'bench layer decode "$@"' - "${presets[@]}" --tokens 1,16,128 --what decode --time 0.2
 step kernels 45 bash -c 'bench kernels kernels "$@"' - "${acceptance[@]}" --tokens 128,32768 --time 0.2
+step ternary 45 bash -c 'bench kernels ternary "$@"' - mixtral-8x7b qwen3-30b-a3b --what ternary --tokens 1,2,4,8,32 \
+    --time 0.1 --html "$OUT/ternary.html"
 
 # Tuned tables stay out of the user's cache; what they gain is the last table beside the first.
 export XDG_CACHE_HOME=$OUT/cache
@@ -47,7 +49,7 @@ step tune 95 bash -c 'bench layer tuned "$@"' - --shape 2048,768,128,8 --tokens 
 cp "$XDG_CACHE_HOME"/moectl/tuning/*.json "$OUT"/ 2>/dev/null
 rm -rf "$XDG_CACHE_HOME"
 
-for name in train decode kernels tuned; do
+for name in train decode kernels ternary tuned; do
     [[ -f $OUT/$name.json ]] && "$PYTHON" -m moectl bench report "$OUT/$name.json" && echo
 done
 ((${#failed[@]})) && echo "failed: ${failed[*]}" && exit 1

@@ -124,3 +124,40 @@ def save(name: str, lines: tuple[Line, ...]) -> Path:
     scratch.replace(path)
     table.cache_clear()
     return path
+
+
+@dataclass(frozen=True)
+class Ternary:
+    """How ternary experts are multiplied; chosen by arithmetic, for no device has timed them yet.
+
+    Attributes:
+        lanes: codewords of a tile, times the tokens that share it.
+        warps: num_warps of Triton.
+        tokens: rows of one expert that share a tile, where there are several tokens.
+        rows_of_an_expert: up to so many a hit expert, codewords are multiplied; for more it is decoded.
+        most_rows: up to so many routed rows; every program reads all their experts.
+    """
+
+    lanes: int = 256
+    warps: int = 4
+    tokens: int = 4
+    rows_of_an_expert: float = 4.0
+    most_rows: int = 1024
+
+    def tile(self, codes_of_a_row: float, tokens: int) -> tuple[int, int]:
+        """Rows and codewords of a tile: the fewest idle lanes, where a row is a tenth longer than the mean one.
+
+        A row stays within one warp, so that prefix sums need no barrier; a step along it costs about as much as 8
+        codewords more.
+        """
+        steps = {width: -(-max(1.0, 1.1 * codes_of_a_row) // width) for width in (32, 16)}
+        width = min(steps, key=lambda width: steps[width] * (width + 8))
+        return max(32 * self.warps, self.lanes // tokens) // width, width
+
+
+TERNARY = {"interpreter": Ternary(lanes=1024, most_rows=64)}
+
+
+def ternary(target: Target) -> Ternary:
+    """The choice for a device."""
+    return TERNARY.get(target.arch, Ternary())

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from moectl.bench.baseline import read
-from moectl.bench.tables import Row, missing, roof_words, rounded
+from moectl.bench.tables import Row, cell, missing, roof_words, rounded
 from moectl.errors import CheckFailed, InputError, UsageError
-from moectl.report.output import count, plain, size
+from moectl.report.output import count, plain
 from moectl.text import shown
 
 
@@ -99,22 +99,25 @@ def _time(row: Row | None, fastest: float) -> str:
 
 
 def _kernels(rows: list[Row]) -> list[str]:
-    lines = _head(["d,f,E,k or model", "dtype", "tokens", "stage", "ms", "GB/s", "% of floor"], numeric_from=4)
-    keys = ("p50_ms", "gbs", "percent_of_floor")
+    columns = {"p50_ms": "ms", "gbs": "GB/s", "percent_of_floor": "% of floor"}
+    if "what" in rows[0]:
+        columns |= {"speedup": f"× {rows[0]['stage']}", "weights_per_s": "Gweights/s"}
+    lines = _head(["d,f,E,k or model", "dtype", "tokens", "stage", *columns.values()], numeric_from=4)
     for row in rows:
-        numbers = [plain(rounded(row.get(key), 3)) for key in keys]
-        lines.append(_line([row["model"], row["dtype"], row["tokens"], row["stage"], *numbers]))
+        numbers = [plain(cell(key, row.get(key))) for key in columns]
+        stage = f"{row['what']}: {row['stage']}" if "what" in row else row["stage"]
+        lines.append(_line([row["model"], row["dtype"], row["tokens"], stage, *numbers]))
     return lines
 
 
 def _model(rows: list[Row]) -> list[str]:
     names = ["model", "backend", "parameters", "prefill tokens/s", "first token ms", "decode tokens/s"]
-    lines = _head([*names, "generate tokens/s", "peak memory"], numeric_from=2)
+    lines = _head([*names, "generate tokens/s", "weights", "peak memory"], numeric_from=2)
     keys = ("prefill_tokens_per_s", "ttft_ms", "decode_tokens_per_s", "generate_tokens_per_s")
     for row in rows:
         numbers = [plain(rounded(row[key], 3)) for key in keys]
-        peak = size(row["peak_bytes"]) if row["peak_bytes"] is not None else ""
-        lines.append(_line([row["model"], row["backend"], count(row["parameters"]), *numbers, peak]))
+        memory = [plain(cell(key, row.get(key))) for key in ("weight_bytes", "peak_bytes")]
+        lines.append(_line([row["model"], row["backend"], count(row["parameters"]), *numbers, *memory]))
     return lines
 
 

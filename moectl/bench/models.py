@@ -9,6 +9,7 @@ import gc
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -23,6 +24,8 @@ from moectl.bench.rows import explain
 from moectl.bench.run import threads
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError
+from moectl.integrations.complete import from_pretrained, is_coded
+from moectl.integrations.implementation import set_ours
 from moectl.layerwise.quiet import quiet
 from moectl.text import shown
 
@@ -83,7 +86,7 @@ def _measure_model(checkpoint: Checkpoint, settings: Settings, device: torch.dev
         torch.randint(vocabulary, (settings.batch, settings.prompt), generator=generator).to(device)
         for _ in range(settings.rounds)
     ]
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    size = {"parameters": _parameters(model), "weight_bytes": _weight_bytes(model)}
     seen: dict[str, dict[str, list[float]]] = {}
     reasons: dict[str, str] = {}
     peaks: dict[str, int | None] = {}
@@ -106,12 +109,26 @@ def _measure_model(checkpoint: Checkpoint, settings: Settings, device: torch.dev
                 seen[name][key] += times
     del model
     gc.collect()
-    start = {"model": checkpoint.name, "dtype": settings.dtype, "parameters": parameters}
+    start = {"model": checkpoint.name, "dtype": settings.dtype, **size}
     return [
         {**start, "backend": name, **_row(seen.get(name), settings), "peak_bytes": peaks.get(name)}
         | {"reason": reasons.get(name)}
         for name in backends
     ]
+
+
+def _parameters(model: Any) -> int:
+    """As its config has them: a coded model has the same, in fewer bytes."""
+    config = deepcopy(model.config)
+    vars(config).pop("quantization_config", None)
+    with torch.device("meta"), quiet():
+        return sum(parameter.numel() for parameter in type(model)(config).parameters())
+
+
+def _weight_bytes(model: Any) -> int:
+    """What parameters and buffers take, each once."""
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    return sum(held.values())
 
 
 def _row(times: dict[str, list[float]] | None, settings: Settings) -> dict[str, Any]:
@@ -180,15 +197,17 @@ def _load(checkpoint: Checkpoint, dtype: str, device: torch.device) -> Any:
 
     try:
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(
-                checkpoint.path, dtype=machine.DTYPES[dtype], local_files_only=True
-            )
+            model: Any = from_pretrained(AutoModelForCausalLM, checkpoint, dtype=machine.DTYPES[dtype])
+    except InputError:  # a ValueError too
+        raise
     except (ValueError, KeyError, OSError) as error:
         raise InputError(
             f"{shown(checkpoint.name)} does not load as a causal language model.",
             explain(error),
             "Only models that generate text from left to right are measured.",
         ) from error
+    if is_coded(checkpoint):  # as `moectl.integrations.transformers.load` has it
+        set_ours(model)
     return model.to(device).eval()
 
 

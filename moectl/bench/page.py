@@ -15,6 +15,10 @@ FLOOR = (
     "The floor is the least time for the routing that was drawn: all FLOPs at the speed of a large product, or every "
     "byte read and written once at the speed of a large copy, whichever takes longer; both speeds are of the same run."
 )
+TERNARY = (
+    "The floor is the same for all: the codewords, counts and levels of the experts that got rows, read once at the "
+    "speed of a large copy of the same run. On a GPU every way is timed as a CUDA graph."
+)
 MODEL = (
     "The backends of one model take turns on the same weights and prompts; models come one after the other. Decode is "
     "the median time of a token after the prompt, without `generate` around it; the time to the first token is with it."
@@ -28,8 +32,14 @@ def render(document: dict[str, Any]) -> str:
     if reasons:
         split = (reason.partition(": ") for reason in reasons)
         parts += [Heading("Not measured"), Facts([(name, reason) for name, _, reason in split])]
-    parts += [Heading("How"), Paragraph(MODEL if document["kind"] == "model" else FLOOR), Facts(_facts(document))]
+    parts += [Heading("How"), Paragraph(_how(document)), Facts(_facts(document))]
     return page(finding(document), _lead(document), parts)
+
+
+def _how(document: dict[str, Any]) -> str:
+    if document["kind"] == "model":
+        return MODEL
+    return TERNARY if document["settings"].get("what") == "ternary" else FLOOR
 
 
 def _figures(document: dict[str, Any]) -> Iterator[Part]:
@@ -64,6 +74,7 @@ def _figures(document: dict[str, Any]) -> Iterator[Part]:
 
 
 PASSES = {"fwd": "forward", "bwd": "backward", "train": "forward and backward", "decode": "decode"}
+PASSES |= {"up": "up-projection", "down": "down-projection", "layer": "whole layer"}
 
 
 def _bars(cells: list[Row], title: str, name: str, series: list[str], label: str) -> Figure:
@@ -143,12 +154,14 @@ COLUMNS = {
     "percent_of_floor": "% of floor",
     "floor_ms": "floor ms",
     "tflops": "TFLOP/s",
+    "weights_per_s": "weights/s",
     "gbs": "GB/s",
     "prefill_tokens_per_s": "prefill tokens/s",
     "ttft_ms": "first token ms",
     "decode_tokens_per_s": "decode tokens/s",
     "generate_tokens_per_s": "generate tokens/s",
     "parameters": "parameters",
+    "weight_bytes": "weight bytes",
     "peak_bytes": "peak bytes",
     "speedup": "speed-up",
     "max_error": "max error",

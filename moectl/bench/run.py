@@ -180,7 +180,7 @@ def _measure_peers(
                 fields |= _checked(check(built[0], weights[0], batches[0], what))
             subject = subject_of(built, batches, what)
             fields["peak_bytes"] = _peak(subject, device, what)
-            subjects[name] = _captured(subject, len(batches)) if graph else subject
+            subjects[name] = captured(subject, len(batches)) if graph else subject
             subjects[name].run(subjects[name].prepare(0))
             found[name] = fields
         except Exception as error:
@@ -222,7 +222,7 @@ def subject_of(layers: list[Layer], batches: list[Batch], what: str) -> Subject:
     return Subject(inputs, forward)
 
 
-def _captured(subject: Subject, sets: int) -> Subject:
+def captured(subject: Subject, sets: int) -> Subject:
     """A CUDA graph of one call per set of inputs."""
     graph = torch.cuda.CUDAGraph()
     side = torch.cuda.Stream()

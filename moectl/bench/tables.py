@@ -15,6 +15,7 @@ SHORT = {
     "backend": "backend",
     "p50_ms": "ms",
     "tflops": "TFLOP/s",
+    "weights_per_s": "Gweights/s",
     "gbs": "GB/s",
     "percent_of_floor": "% floor",
     "peak_bytes": "peak",
@@ -52,13 +53,13 @@ def _layers(rows: list[Row], unit: str, factor: float) -> tuple[list[str], list[
     rows = [{**row, "tflops": factor * row["tflops"] if row.get("tflops") else None} for row in rows]
     names = {**SHORT, "tflops": unit}
     name = "stage" if "stage" in rows[0] else "backend"
-    known = ("p50_ms", "tflops", "gbs", "percent_of_floor", "peak_bytes", "max_error", "speedup")
+    known = ("p50_ms", "tflops", "weights_per_s", "gbs", "percent_of_floor", "peak_bytes", "max_error", "speedup")
     keys = [key for key in known if any(row.get(key) is not None for row in rows)]
     columns = ["tokens", name, *(names[key] for key in keys)]
     columns.insert(3, "p20-p80")
     out = []
     for row in rows:
-        cells: list[Cell] = [row["tokens"], row[name], *(_cell(key, row.get(key)) for key in keys)]
+        cells: list[Cell] = [row["tokens"], row[name], *(cell(key, row.get(key)) for key in keys)]
         cells.insert(3, f"{row['p20_ms']:.3g}-{row['p80_ms']:.3g}")
         out.append(cells)
     return columns, out
@@ -66,7 +67,7 @@ def _layers(rows: list[Row], unit: str, factor: float) -> tuple[list[str], list[
 
 def _models(rows: list[Row]) -> tuple[list[str], list[list[Cell]]]:
     columns = ["model", "backend", "parameters", "prefill/s", "first ms", "decode/s", "ms (p20-p80)", "generate/s"]
-    columns += ["peak", "×"]
+    columns += ["weights", "peak", "×"]
     return columns, [
         [
             row["model"],
@@ -77,7 +78,8 @@ def _models(rows: list[Row]) -> tuple[list[str], list[list[Cell]]]:
             rounded(row["decode_tokens_per_s"], 3),
             f"{row['p50_ms']:.3g} ({row['p20_ms']:.3g}-{row['p80_ms']:.3g})",
             rounded(row["generate_tokens_per_s"], 3),
-            _cell("peak_bytes", row["peak_bytes"]),
+            cell("weight_bytes", row.get("weight_bytes")),
+            cell("peak_bytes", row["peak_bytes"]),
             rounded(row["speedup"], 3),
         ]
         for row in rows
@@ -107,6 +109,8 @@ def finding(document: dict[str, Any]) -> str:
         best = max(rows, key=lambda row: row.get("speedup") or 0, default=None)
         if document["kind"] == "model" and best and len(rows) > 1:
             return f"{best['model']} ({best['backend']}) decodes fastest: {best['decode_tokens_per_s']:.3g} tokens/s"
+        if document["kind"] == "kernels" and document["settings"].get("what") == "ternary":
+            return _ternary_finding(rows)
         return "Where the time of the expert layer goes" if document["kind"] == "kernels" else "Measured"
     ratios, others = [], set()
     for _, group in groupby(rows, lambda row: (row["model"], row["dtype"], row["what"], row["tokens"])):
@@ -126,6 +130,18 @@ def finding(document: dict[str, Any]) -> str:
     return f"moectl is {span} times as fast as {rivals}, and ahead in {cells}"
 
 
+def _ternary_finding(rows: list[Row]) -> str:
+    """Ours against torch.mv at the fewest tokens: one projection of an expert or a few."""
+    fewest = min((row["tokens"] for row in rows), default=0)
+    ours = [row for row in rows if row["stage"] == "ternary" and row["tokens"] == fewest and row["what"] != "layer"]
+    low, high = (edge((row["speedup"] for row in ours if row["speedup"]), default=0.0) for edge in (min, max))
+    if not high:
+        return "Ternary experts beside dense ones"
+    floor = max(row["percent_of_floor"] for row in ours)
+    at = f"at {fewest} token" + ("s" if fewest > 1 else "")
+    return f"ternary products are {low:.2f} to {high:.2f} times as fast as torch.mv {at}, at {floor:.3g} % of the floor"
+
+
 def _is_ours(row: Row) -> bool:
     return row["backend"] in PEERS and PEERS[row["backend"]].ours
 
@@ -135,9 +151,12 @@ def rounded(value: Any, digits: int) -> Cell:
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
-def _cell(key: str, value: Any) -> Cell:
-    if key == "peak_bytes":
+def cell(key: str, value: Any) -> Cell:
+    """A value as a person reads it."""
+    if key in ("peak_bytes", "weight_bytes"):
         return None if value is None else size(value)
+    if key == "weights_per_s" and value:
+        return rounded(value / 1e9, 3)
     return rounded(value, 2 if key == "max_error" else 3)
 
 

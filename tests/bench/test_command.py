@@ -5,13 +5,16 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from coded_models import write_coded
 
 from moectl.bench import models, tables
 from moectl.cli.main import app
 from moectl.errors import CheckFailed, InputError, MachineError, UsageError
 from moectl.families.tiny import tiny_model
+from moectl.integrations import transformers as ours
 
 QUICK = ["--shape", "32,16,4,2", "--tokens", "1,6", "--time", "0.001", "--device", "cpu", "--quiet"]
 PEERS = ["--backend", "moectl,loop,scattermoe"]
@@ -141,6 +144,25 @@ def test_models_and_backends_side_by_side(checkpoints, tmp_path, capsys):
         assert all(row[name] > 0 for name in speeds)
         assert row["decode_tokens_per_s"] == pytest.approx(1000 / row["p50_ms"])
     assert "dense" in page.read_text()
+    assert_tables_fit(document)
+
+
+def test_a_coded_model_beside_the_same_weights(tmp_path, capsys, monkeypatch):
+    """Parameters are counted alike, bytes are not, and the coded one runs on the codewords."""
+    small = {"num_hidden_layers": 1, "moe_intermediate_size": 256, "hidden_size": 256, "num_experts": 4}
+    small["num_experts_per_tok"] = 2
+    coded = write_coded(tiny_model("qwen3_moe", **small), tmp_path)
+    calls = mock.Mock(wraps=ours.ternary_mlp)
+    monkeypatch.setattr(ours, "ternary_mlp", calls)
+    arguments = ["--prompt", 4, "--new-tokens", 3, "--rounds", 1, "--device", "cpu", "-q", "--json"]
+    bench("model", tmp_path / "plain", coded, *arguments)
+    document = json.loads(capsys.readouterr().out)
+    plain, packed = document["rows"]
+    assert [row["model"] for row in document["rows"]] == ["plain", "coded"]
+    assert plain["parameters"] == packed["parameters"]
+    assert 2 * packed["weight_bytes"] < 4 * plain["parameters"] <= plain["weight_bytes"]
+    assert [row["reason"] for row in document["rows"]] == [None, None]
+    assert calls.call_count > 10
     assert_tables_fit(document)
 
 

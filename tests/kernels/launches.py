@@ -30,6 +30,7 @@ TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.uint16: "*u16",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -50,7 +51,8 @@ class Launch:
     def name(self) -> str:
         """The kernel and its file, and the tile where it has one."""
         values = {self.kernel.arg_names[place]: value for place, value in self.constants}
-        tile = [str(values[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in values]
+        sides = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_T", "BLOCK_R", "BLOCK_C", "SLOTS")
+        tile = [str(values[name]) for name in sides if name in values]
         flags = [
             name for name in ("GATHER", "GATHER_A", "GATHER_B", "GATED", "SAVE", "BIAS") if values.get(name) is True
         ]

@@ -20,7 +20,8 @@ from launches import Launch, Resources, compiled, recorded
 from torch import Tensor
 
 from moe_kernels import GPT_OSS, RELU2, SWIGLU, Activation, target, tuning
-from moe_kernels.gpu import experts, router
+from moe_kernels.gpu import experts, router, ternary
+from moe_kernels.ternary import Call, TernaryExperts
 
 GOLDEN = Path(__file__).parent / "resources.json"
 ARCHS = ("sm_80", "sm_90", "sm_100")
@@ -44,13 +45,33 @@ def layer(tokens: int, dtype: torch.dtype, train: bool, activation: Activation =
         experts.backward(x, x, h, gate_up, down, weight, *biases, plan, activation, activation.offset > 0)
 
 
+def ternary_layer(
+    tokens: int, dtype: torch.dtype, slots: int, activation: Activation = SWIGLU, bias: bool = False
+) -> None:
+    """The same with ternary matrices of about 27 weights a codeword, multiplied as they are and decoded."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    def coded(rows: int, width: int) -> TernaryExperts:
+        codes, offsets = empty(E * rows * width // 27, dtype=torch.uint16), empty(E * rows + 1, dtype=torch.int64)
+        return TernaryExperts(codes, offsets, empty(E, rows, 2), empty(1 << 16, dtype=torch.int64), width, slots)
+
+    up, down = coded(2 * F, D), coded(D, F)
+    index, weight = empty(tokens, K, dtype=torch.int64), empty(tokens, K, dtype=torch.float32)
+    biases = (empty(E, 2 * F), empty(E, D)) if bias else (None, None)
+    call = Call(empty(tokens, D), up, down, index, weight, activation, *biases, activation.offset > 0, None)
+    ternary.forward(call, activation)
+    ternary.decode(up, empty(E, dtype=torch.int64), empty(E, 2 * F, D))
+
+
 def tokens(line: tuning.Line) -> int:
     """A batch that the line is for."""
     return max(1, int(min(line.rows, 512) * E / K))
 
 
 def launches(arch: str) -> Iterator[Launch]:
-    """The different launches over the lines of the table, types, activations, decoding, and routers."""
+    """The different launches over the lines of the table, types, activations, decoding, routers and ternary experts."""
     with recorded(arch) as seen:
         lines = tuning.packaged(arch)
         for line in lines:
@@ -65,6 +86,9 @@ def launches(arch: str) -> Iterator[Launch]:
             logits, bias = torch.empty(4096, 256, device="meta"), torch.empty(256, device="meta")
             index, weight = router.forward(logits, bias, K, *choice, "top2", True, 2.5)
             router.backward(weight, logits, index, choice[0], True, 2.5)
+        ternary_layer(1, torch.bfloat16, slots=3)
+        ternary_layer(4, torch.bfloat16, slots=3)
+        ternary_layer(4, torch.float32, slots=6, activation=GPT_OSS, bias=True)
     yield from seen
 
 
@@ -72,7 +96,9 @@ def measured(arch: str) -> dict[str, Resources]:
     """What every launch takes on an architecture, by name; of launches with one name, the largest."""
     found: dict[str, Resources] = {}
     for call in launches(arch):
-        types = "/".join(sorted({kind[1:] for _, kind in call.signature if kind.startswith("*")} - {"i32", "i64"}))
+        types = "/".join(
+            sorted({kind[1:] for _, kind in call.signature if kind.startswith("*")} - {"i32", "i64", "u16"})
+        )
         name, resources = f"{call.name} {types}", compiled(call, arch)
         if name not in found or resources.registers > found[name].registers:
             found[name] = resources
