@@ -30,3 +30,11 @@ def set_experts(model: PreTrainedModel, implementation: str, name: str) -> None:
             reason(error),
             "Give eager, batched_mm, grouped_mm or moectl, or leave it out.",
         ) from error
+
+
+def set_ours(model: PreTrainedModel) -> None:
+    """Have the experts of a model run on our kernels, where its family lets that be chosen."""
+    if any("is_concatenated" in vars(module) for module in model.modules()):
+        import moectl.integrations.transformers  # noqa: F401 - registers it
+
+        model.set_experts_implementation("moectl")

@@ -78,7 +78,9 @@ def _experts(model: nn.Module) -> dict[str, Any]:
 def _check(name: str, module: Any) -> None:
     problem, fix = "", ""
     weights = [getattr(module, up_name(module)), module.down_proj]
-    if module.training:
+    if not all(isinstance(weight, Tensor) for weight in weights):
+        problem, fix = "are coded", 'They run as they are stored: load the model with experts_implementation="moectl".'
+    elif module.training:
         problem, fix = "are in training mode", "Call model.eval() first."
     elif any(weight.requires_grad for weight in weights):
         problem, fix = "require gradients", "Call model.requires_grad_(False) first."

@@ -18,8 +18,8 @@ from moectl.checkpoint.plan import PROVENANCE, source_identity
 from moectl.checkpoint.provenance import SCHEMA, sha256_file
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import CheckFailed
+from moectl.integrations.complete import check_complete
 from moectl.layerwise.quiet import quiet
-from moectl.layerwise.whole import check_complete
 from moectl.text import escape
 from moectl.training.adapters import Adapter, Source, sources_of, write_adapter
 from moectl.training.model import load_model

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moectl.checkpoint.source import Checkpoint
 from moectl.data.chat import EncodeChat, chat_encoder
 from moectl.errors import InputError
+from moectl.integrations.complete import check_complete
 from moectl.layerwise.quiet import quiet
 from moectl.layerwise.skeleton import read_config, unusable
-from moectl.layerwise.whole import check_complete
 from moectl.text import escape
 
 if TYPE_CHECKING:
