@@ -148,8 +148,8 @@ def overtaken(journal: Journal, before: tuple[int, int] | None) -> Iterator[Race
 
 
 @contextmanager
-def disk_errors(plan: Plan, out: Path) -> Iterator[None]:
-    """Say of a disk that is full or broken how much is to be written and that nothing is lost."""
+def disk_errors(plan: Plan | None, out: Path) -> Iterator[None]:
+    """Say of a disk that is full or broken how much is to be written, if a plan says it, and that nothing is lost."""
     try:
         yield
     except OSError as error:
@@ -157,7 +157,8 @@ def disk_errors(plan: Plan, out: Path) -> Iterator[None]:
             raise
         raise MachineError(
             f"{escape(str(error.filename or out))}: {error.strerror}.",
-            f"{plan.file_bytes} bytes are to be written and {free_bytes(out)} are free; what was done is kept.",
+            (f"{plan.file_bytes} bytes are to be written and " if plan else "")
+            + f"{free_bytes(out)} bytes are free; what was done is kept.",
             "Make room, then run the same command again to go on.",
         ) from error
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moectl.cli import options
+from moectl.cli import options, writing
 from moectl.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
@@ -238,13 +238,11 @@ def _alike(study: Study, quiet: bool) -> list[Alike]:
 
 def _require_places(trace: Path | None, html: Path | None, overwrite: bool) -> None:
     """Refuse places that could not be written after all the work."""
-    from moectl.text import escape
     from moectl.traces.store import require_place
 
     if trace is not None:
         require_place(trace, overwrite=overwrite)
-    if html is not None and html.is_dir():
-        raise UsageError(f"{escape(str(html))} is a directory.", "--html writes one file.", "Give the name of a file.")
+    writing.check_page(html)
 
 
 def _keep(

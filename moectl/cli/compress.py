@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moectl.cli import options, writing
+from moectl.cli.qmoe import qmoe
 from moectl.errors import MoectlError
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ app = typer.Typer(
 @app.callback()
 def compress() -> None:
     """Make a Mixture-of-Experts checkpoint smaller."""
+
+
+app.command("qmoe")(qmoe)
 
 
 @app.command()

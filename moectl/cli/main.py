@@ -21,8 +21,10 @@ from moectl.cli import (
     bench,
     branch,
     compress,
+    decompress,
     families,
     finish,
+    generate,
     inspect,
     quickstart,
     recipe,
@@ -46,6 +48,8 @@ app.add_typer(upcycle.app, name="upcycle")
 app.add_typer(compress.app, name="compress")
 app.add_typer(bench.app, name="bench")
 app.add_typer(recipe.app, name="recipe")
+app.command("decompress")(decompress.decompress)
+app.command("generate")(generate.generate)
 app.command("verify")(verify.verify)
 app.command("finish")(finish.finish)
 app.command("inspect")(inspect.inspect)

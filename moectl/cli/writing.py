@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moectl.errors import UsageError
+from moectl.text import escape
+
 if TYPE_CHECKING:
     from moectl.checkpoint.plan import Plan
     from moectl.checkpoint.publish import Written
@@ -150,6 +153,16 @@ def carry_out(
     )
 
 
+def check_page(html: Path | None) -> None:
+    """Refuse a page that could not be written after all the work.
+
+    Raises:
+        UsageError: it is a directory.
+    """
+    if html is not None and html.is_dir():
+        raise UsageError(f"{escape(str(html))} is a directory.", "--html writes one file.", "Give the name of a file.")
+
+
 @contextmanager
 def statistics(out: Path, *, dry_run: bool) -> Iterator[Path]:
     """Where statistics are kept: beside the output, or nowhere for longer than a dry run takes."""
@@ -159,8 +172,13 @@ def statistics(out: Path, *, dry_run: bool) -> Iterator[Path]:
         with TemporaryDirectory() as place:
             yield Path(place)
     else:
-        out = out if out.name else out.absolute()  # as of "."
-        yield out.with_name(f"{out.name}.statistics")
+        yield statistics_of(out)
+
+
+def statistics_of(out: Path) -> Path:
+    """Where statistics of an output are kept."""
+    out = out if out.name else out.absolute()  # as of "."
+    return out.with_name(f"{out.name}.statistics")
 
 
 def whole_command(argv: list[str]) -> str:

@@ -1,0 +1,306 @@
+"""`moectl compress qmoe`: experts quantised to ternary codes or uniform grids, one layer at a time."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moectl.cli import options, writing
+from moectl.errors import MoectlError, UsageError
+
+if TYPE_CHECKING:
+    from moectl.checkpoint.plan import Plan
+    from moectl.compress.qmoe_job import Job
+
+_BUILTIN_COST = (
+    "Experts are calibrated on built-in text: Python's own code and documentation, and sums. On text unlike that the "
+    "model loses more than it has to. Give --data like what the model is for."
+)
+_PARTS = 1000
+"""Steps of the progress bar."""
+
+
+def qmoe(
+    model: options.Model,
+    out: writing.Out,
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            help="Per expert weight. Less than 2 is a target for ternary weights, their code and all; 2, 3 and 4 are "
+            "uniform grids. Left out: ternary, at what the weights come to by themselves.",
+            show_default=False,
+        ),
+    ] = None,
+    dense: Annotated[str, typer.Option(help="Weights beside the experts: int8, int4, or bf16 to leave them.")] = "int8",
+    group_size: Annotated[
+        int, typer.Option(help="Weights of a row that share a scale with --bits 2, 3 and 4; -1 for whole rows.")
+    ] = 128,
+    symmetric: Annotated[
+        bool, typer.Option("--symmetric", help="Levels as far below zero as above, so that `decompress --export` can.")
+    ] = False,
+    qmoe_compat: Annotated[
+        bool, typer.Option("--qmoe-compat", help="Ternary levels and thresholds exactly as in the QMoE paper.")
+    ] = False,
+    code: Annotated[
+        str, typer.Option(help="Of ternary weights: tunstall, or the paper's dictionary qmoe.")
+    ] = "tunstall",
+    export: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="w2a16 or w4a16: write what compressed-tensors and vLLM read, in place of our own format.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text to calibrate on, built-in text when left out; loss is measured on its held-out part and on "
+            "built-in text. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Sequences to calibrate on; 128 when left out.")] = None,
+    seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens of each; 512 when left out.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="Fewer sequences, so as to stay below this.")] = None,
+    min_tokens: Annotated[int, typer.Option(min=0, help="Experts given fewer are rounded to nearest.")] = 32,
+    all_experts: Annotated[
+        bool, typer.Option("--all-experts", help="Calibrate every expert on all tokens, routed to it or not.")
+    ] = False,
+    gate_weighted: Annotated[
+        bool, typer.Option("--gate-weighted", help="Tokens count as much as their gate (MoEQuant's AGQ).")
+    ] = False,
+    batch_experts: Annotated[int, typer.Option(min=1, help="Experts quantised at once: memory against speed.")] = 16,
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not measure the model before and after.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the report as a page.", show_default=False)
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(help="To calibrate in: auto (float32 on a CPU, else as stored), float32, bfloat16 or float16."),
+    ] = "auto",
+    shard_size: writing.ShardSize = "5GB",
+    revision: options.Revision = None,
+    push_to_hub: writing.PushToHub = None,
+    dry_run: writing.DryRun = False,
+    overwrite: writing.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Quantise the experts of MODEL by GPTQ and store them in a code: below one bit per weight where rows are wide.
+
+    The model passes through memory one decoder layer at a time, with what the layers before it have become, so it fits
+    wherever a layer does. Each finished layer is kept in OUT.statistics until OUT is complete, and the same command
+    resumes there. Under torchrun the processes share the tokens and the experts. The result loads in transformers
+    after `import moectl.integrations.transformers`, and `moectl decompress` makes it an ordinary checkpoint.
+    """
+    import os
+    from time import perf_counter
+
+    from moectl.checkpoint.publish import check_apart, disk_errors, exists_error, is_occupied
+    from moectl.checkpoint.source import Checkpoint
+    from moectl.compress.calibration import SAMPLES, Calibration
+    from moectl.compress.pipeline.alone import alone
+    from moectl.compress.pipeline.run import discard, is_finished
+    from moectl.compress.qmoe_job import Job
+    from moectl.compress.qmoe_recipe import QmoeRecipe
+    from moectl.report import output
+
+    leads = int(os.environ.get("RANK", "0")) == 0  # of torchrun's processes the first one speaks and writes
+    quiet = quiet or not leads
+    how = writing.Writing(
+        out=out,
+        push_to_hub=push_to_hub,
+        worker=None,
+        allow_nonfinite=False,
+        dry_run=dry_run,
+        overwrite=overwrite,
+        json=json,
+        quiet=quiet,
+        started=perf_counter(),
+    )
+    recipe = QmoeRecipe(
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        compat=qmoe_compat,
+        code=code,
+        dense=dense,
+        min_tokens=min_tokens,
+        all_experts=all_experts,
+        gate_weighted=gate_weighted,
+        batch_experts=batch_experts,
+        export=export,
+        shard_bytes=output.parse_size(shard_size),
+    ).checked()
+    how.check()
+    writing.check_page(html)
+    source = Checkpoint.open(model, revision)
+    check_apart(out, source.path)
+    for warning in source.warnings if leads else ():
+        output.warn(warning)
+    job = Job.of(
+        source, recipe, Calibration(tuple(data) if data else None, samples, seq_len, max_tokens, device, dtype)
+    )
+    if not data and leads:
+        output.warn(_BUILTIN_COST)
+    if len(job.token_BL) < (samples or SAMPLES) and max_tokens is None and leads:
+        output.warn(f"There was text for {len(job.token_BL)} sequences of {samples or SAMPLES}.")
+    place = writing.statistics_of(out)
+    folder = place / job.key
+    if is_occupied(out) and not (overwrite or dry_run):
+        if not job.is_made(out):
+            raise exists_error(out)
+        if not is_finished(folder):  # else it was interrupted since
+            if leads:
+                _already_made(out, folder, how, html)
+            return
+    if leads:
+        _show_estimate(job, dry_run=dry_run, json=json, quiet=quiet)
+    if dry_run:
+        return
+    with alone(place) if leads else nullcontext(), disk_errors(None, place):
+        with output.progress("compressing", _PARTS, quiet=quiet, unit="parts") as on_parts:
+            paths = job.run(place, lambda _text: None, _steps(on_parts))
+        if not leads:
+            return
+        plan = job.plan(paths)
+        writing.carry_out(
+            plan,
+            how,
+            headline=f"{source.name} ({source.model_type}) -> {recipe.words}",
+            then="" if recipe.export else f"moectl generate {shlex.quote(str(out))} --prompt ...",
+            schema="moectl.compress/1",
+            measure=lambda: _told(job, plan, paths, out, html, measured=not no_eval, how=how),
+        )
+        discard(folder)
+    if place.exists():
+        output.note(f"{place} has files of other runs: remove them if they are not to go on.", quiet=quiet)
+
+
+def _show_estimate(job: Job, *, dry_run: bool, json: bool, quiet: bool) -> None:
+    """What it will take, roughly: as the result of a dry run, else as a line on stderr."""
+    from dataclasses import asdict
+
+    from moectl.report import output
+
+    found = job.estimate
+    if not dry_run:
+        output.note(
+            f"{output.count(found.experts)} expert weights to about {found.bits:.2f} bits each, calibrated on "
+            f"{job.token_BL.size:,} tokens: about {_duration(found.seconds)}, {output.size(found.memory)} of memory, "
+            f"{output.size(found.scratch + found.output)} of disk on the way.",
+            quiet=quiet,
+        )
+        return
+    if json:
+        output.emit_json("moectl.compress-estimate/1", {"recipe": job.recorded, **asdict(found)})
+        return
+    rows: list[tuple[str, output.Cell]] = [
+        ("expert weights", found.experts),
+        ("bits of each", round(found.bits, 3)),
+        ("calibration tokens", job.token_BL.size),
+        ("seconds", round(found.seconds)),
+        ("bytes of memory", found.memory),
+        ("bytes of disk for activations", found.scratch),
+        ("bytes of coded layers", found.output),
+    ]
+    output.emit_table(("what", "about"), rows, title="Estimate")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _steps(on_parts: Callable[[int], None]) -> Callable[[float], None]:
+    """From the share of the work that is done to steps of a bar."""
+    done = 0
+
+    def advance(share: float) -> None:
+        nonlocal done
+        if int(share * _PARTS) > done:
+            on_parts(int(share * _PARTS) - done)
+            done = int(share * _PARTS)
+
+    return advance
+
+
+def _already_made(out: Path, folder: Path, how: writing.Writing, html: Path | None) -> None:
+    """The end of a command that finds nothing to do but to tidy up and to upload."""
+    from moectl.checkpoint import hub
+    from moectl.compress.pipeline.alone import alone
+    from moectl.compress.pipeline.run import discard
+    from moectl.report import output
+
+    if folder.exists():
+        with suppress(UsageError), alone(folder.parent):
+            discard(folder)
+    uploaded = hub.upload(out, how.push_to_hub) if how.push_to_hub is not None else None
+    if how.json:
+        found = {"path": str(out), "published": True, "already_complete": True, "uploaded": uploaded}
+        output.emit_json("moectl.compress/1", found)
+    else:
+        output.emit_path(out)
+    output.note("It was already complete.", quiet=how.quiet)
+    if html is not None:
+        output.warn("A page is written when a model is compressed, so there is none now. --overwrite does it again.")
+
+
+def _told(
+    job: Job, plan: Plan, paths: Sequence[Path], out: Path, html: Path | None, *, measured: bool, how: writing.Writing
+) -> dict[str, Any]:
+    """What became of every expert and of the model, said on stderr and written as a page."""
+    from time import perf_counter
+
+    from moectl.compress.pipeline.report import reports
+    from moectl.compress.report import page, words
+    from moectl.compress.report.summary import summary
+    from moectl.layerwise.memory import resident
+    from moectl.report import html as pages
+    from moectl.report import output
+
+    seconds, peak = perf_counter() - how.started, resident("VmHWM")
+    change = _measured(job, out) if measured else None
+    layers = reports(paths)
+    found = summary(
+        job.source.name,
+        layers,
+        plan.facts,
+        job.recipe.to_json(),
+        {tensor.name: tensor.nbytes for tensor in plan.tensors},
+        {matrix.parameter for layer in layers for matrix in layer.matrices},
+        measured=change,
+        about=job.recorded["calibration"],
+        seconds=seconds,
+        peak_bytes=peak,
+    )
+    output.note("\n".join(words.terminal(found)), quiet=how.quiet)
+    if html is not None:
+        pages.write(html, page.render(found, writing.whole_command(sys.argv)))
+        output.note(f"Written: {html}", quiet=how.quiet)
+    return words.to_json(found)
+
+
+def _measured(job: Job, out: Path) -> dict[str, Any] | None:
+    """Both models on held-out text; None, with the reason on stderr, where that cannot be: the output stands anyway."""
+    from moectl.checkpoint.source import Checkpoint
+    from moectl.compress.calibration import BUILTIN
+    from moectl.evaluation.change import change
+    from moectl.layerwise.whole import load
+    from moectl.report import output
+
+    data = tuple(dict.fromkeys((*(job.calibration.data or ()), *BUILTIN)))
+    try:
+        return change(job.source, Checkpoint.open(out), data, load, device=job.calibration.device).to_json()
+    except MoectlError as error:
+        output.note(f"The model was not measured: {error.what}")
+        return None

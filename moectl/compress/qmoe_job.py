@@ -1,0 +1,170 @@
+"""`moectl compress qmoe` as a workflow: from what was asked for to layer files, and from these to a plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moectl.checkpoint.dtypes import FLOATS, TORCH_NAMES
+from moectl.checkpoint.plan import Plan
+from moectl.checkpoint.provenance import read_provenance
+from moectl.checkpoint.source import Checkpoint
+from moectl.compress.calibration import Calibration, calibration_tokens
+from moectl.compress.dense import DensePart
+from moectl.compress.export import foreseen
+from moectl.compress.pipeline.preflight import Estimate, estimate, require
+from moectl.compress.pipeline.report import reports, to_metadata
+from moectl.compress.pipeline.run import folder_of, run
+from moectl.compress.pipeline.settings import Settings
+from moectl.compress.pipeline.stacks import candidates
+from moectl.compress.qmoe import coded, exported, plan_qmoe
+from moectl.compress.qmoe_recipe import QmoeRecipe
+from moectl.compress.quantise.method import Method
+from moectl.errors import InputError
+from moectl.layerwise.skeleton import build, decoder_layers, read_config
+from moectl.layerwise.whole import check_ids, device_named, dtype_named
+from moectl.text import escape
+
+VERSION = 1
+_DENSE_BITS = {"int8": 8, "int4": 4}
+_BY_NAME = {name: dtype for dtype, name in TORCH_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One compression, ready to start.
+
+    Attributes:
+        token_BL: token ids to calibrate on.
+    """
+
+    source: Checkpoint
+    recipe: QmoeRecipe
+    calibration: Calibration
+    token_BL: np.ndarray
+    method: Method
+    settings: Settings
+
+    @classmethod
+    def of(cls, source: Checkpoint, recipe: QmoeRecipe, calibration: Calibration) -> Job:
+        """Read the text and look at the model; no weights are read.
+
+        Raises:
+            UsageError: an option does not fit the model.
+            InputError: the model has no experts that can be coded, or model and data do not belong together.
+            MachineError: there is no such device, or the Hub cannot be reached.
+        """
+        model = build(source, torch.float32, "meta")
+        prefix, layers = decoder_layers(source, model)
+        if not any(candidates(f"{prefix}.{index}", layer) for index, layer in enumerate(layers)):
+            raise InputError(
+                f"{escape(source.name)} has no routed experts.",
+                "Experts are what is coded.",
+                "Give a Mixture-of-Experts model (`moectl inspect` shows what a model is).",
+            )
+        if recipe.export:
+            experts = {k: v for i, layer in enumerate(layers) for k, v in candidates(f"{prefix}.{i}", layer).items()}
+            stacks = [name for name, parameter in experts.items() if parameter.ndim == 3]
+            foreseen(recipe.export, model, stacks, recipe.group_size)
+        token_BL = calibration_tokens(source, calibration)
+        check_ids(source, model, token_BL)
+        device = device_named(calibration.device)
+        dtype = dtype_named(calibration.dtype, device)
+        if dtype == "auto":
+            dtype = getattr(read_config(source), "dtype", None) or torch.float32
+        stored = weights_dtype(source)
+        dense = None if recipe.dense == "bf16" or recipe.export else DensePart(_DENSE_BITS[recipe.dense], stored)
+        settings = Settings(
+            dense=dense,
+            batch_experts=recipe.batch_experts,
+            min_tokens=recipe.min_tokens,
+            all_experts=recipe.all_experts,
+            gate_weighted=recipe.gate_weighted,
+            dtype=dtype,
+            device=device,
+        )
+        return cls(source, recipe, calibration, token_BL, recipe.method(stored), settings)
+
+    @cached_property
+    def key(self) -> str:
+        """What tells this from any other compression."""
+        return folder_of(self.source, self.token_BL, self.method, self.settings, Path()).name
+
+    @cached_property
+    def recorded(self) -> dict[str, Any]:
+        """What the output says that it was made by."""
+        return {
+            "method": "qmoe",
+            **self.recipe.to_json(),
+            "quantiser": self.method.to_json(),
+            "calibration": self.calibration.about(self.token_BL),
+            "key": self.key,
+        }
+
+    def is_made(self, out: Path) -> bool:
+        """Whether `out` is what this would make: the same model, untouched since, with the same options and text."""
+        try:
+            Checkpoint.open(out)  # finds files that were cut
+            return read_provenance(out).get("recipe") == json.loads(json.dumps(self.recorded))
+        except InputError:
+            return False
+
+    @cached_property
+    def estimate(self) -> Estimate:
+        """What `run` will take."""
+        return estimate(self.source, self.token_BL, self.method, self.settings)
+
+    def run(self, place: Path, say: Callable[[str], None], advance: Callable[[float], None]) -> list[Path]:
+        """The layer files, in a folder in `place`; those that are there are taken as they are.
+
+        Raises:
+            InputError: weights or activations are not finite, or the model cannot be run layer by layer.
+            MachineError: disk or memory do not suffice.
+        """
+        require(self.estimate, self.settings, place / self.key)
+        return run(self.source, self.token_BL, self.method, self.settings, place, say, advance)
+
+    def plan(self, paths: Sequence[Path]) -> Plan:
+        """The plan of the output, from the layer files.
+
+        Raises:
+            InputError: the family has no place in the format to export to.
+        """
+        made = coded(self.source, paths)
+        layers = [json.loads(to_metadata(layer)["report"]) for layer in reports(paths)]
+        quantization: dict[str, Any] = {
+            "quant_method": "qmoe",
+            "version": VERSION,
+            "experts": self.method.to_json(),
+            "dense": None if self.settings.dense is None else self.settings.dense.config(),
+        }
+        if self.recipe.export:
+            made, quantization = exported(made, self.recipe.export, paths[0].parent / self.recipe.export)
+        report = {"schema": "moectl.compression/1", "layers": layers}
+        return plan_qmoe(made, self.recorded, quantization, report, self.recipe.shard_bytes)
+
+
+def weights_dtype(source: Checkpoint) -> torch.dtype:
+    """The floating-point type that most of a checkpoint's weights have.
+
+    Raises:
+        InputError: it has none.
+    """
+    sizes: dict[str, int] = {}
+    for ref in source.tensors.values():
+        if ref.dtype in FLOATS:
+            sizes[ref.dtype] = sizes.get(ref.dtype, 0) + ref.nbytes
+    if not sizes:
+        raise InputError(
+            f"{escape(source.name)} has no floating-point weights.",
+            "What is quantised already is not quantised again.",
+            "Give the checkpoint it was made from.",
+        )
+    return getattr(torch, _BY_NAME[max(sizes, key=lambda name: sizes[name])])
