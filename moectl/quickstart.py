@@ -17,6 +17,9 @@ import torch
 from moectl.checkpoint.provenance import verify_hashes
 from moectl.checkpoint.source import Checkpoint, read_json
 from moectl.checkpoint.writer import write
+from moectl.compress.calibration import Calibration
+from moectl.compress.qmoe_job import Job
+from moectl.compress.qmoe_recipe import QmoeRecipe
 from moectl.errors import CheckFailed, UsageError
 from moectl.evaluation import run as evaluation
 from moectl.evaluation.compare import compare
@@ -40,7 +43,12 @@ TOLERANCE = 1e-5
 SEQUENCES, LEARNING_RATE, WARMUP = BATCH_SIZE // 2, 1e-3, 10
 """Of the trainings after the seed's: as in `benchmarks/btx_story.sh`, of which this is a cell."""
 HELDOUT_TOKENS, ROUTED_TOKENS = 16_384, 4_096
-PARTS = {"seed", "upcycled", "branches", "average", "btx-start", "btx"}
+CALIBRATION_SEQUENCES = 64
+COMPRESSED: dict[str, float | None] = {"btx-4-bits": 4, "btx-ternary": None}
+"""Compressed mixtures, and the `--bits` of each."""
+LAST = "btx-ternary"
+"""What is made last: with it the story is told."""
+PARTS = {"seed", "upcycled", "branches", "average", "btx-start", "btx", *COMPRESSED}
 ASKED = "quickstart.json"
 """What a quickstart's directory holds: models, and what was asked for; anything else is never removed."""
 
@@ -73,6 +81,7 @@ class Told:
         max_logit_difference: between the seed and its sparse upcycling, which is the same function.
         loss: of each model and ensemble, the held-out loss of each domain and their mean, in nats per byte.
         served: for each expert the share of each domain's bytes that use it, averaged over the layers.
+        bits: per expert weight of each compressed mixture, all that is stored of its experts counted.
         tokens: that all trainings saw.
         seconds: in all.
     """
@@ -81,6 +90,7 @@ class Told:
     max_logit_difference: float
     loss: dict[str, dict[str, float]]
     served: dict[str, dict[str, float]]
+    bits: dict[str, float]
     tokens: int
     seconds: float
 
@@ -136,8 +146,11 @@ def quickstart(
     say(f"5. The mixture learns to route: {steps.moe} steps on all three.")
     _train(directory / "btx-start", replace(recipe, steps=steps.moe), directory / "btx", on_step)
 
-    say("6. Held-out text for all of them, and whom the mixture's experts serve.")
-    measured = (of_seed, *experts, directory / "average", directory / "btx")
+    say("6. Compressed, layer by layer: its experts in 4 bits a weight, and ternary in a code; the rest in 8.")
+    bits = {name: _compressed(directory / "btx", directory / name, asked) for name, asked in COMPRESSED.items()}
+
+    say("7. Held-out text for all of them, and whom the mixture's experts serve.")
+    measured = (of_seed, *experts, directory / "average", directory / "btx", *(directory / name for name in COMPRESSED))
     found = evaluation.run(
         evaluation.Settings(
             models=tuple(map(str, measured)),
@@ -153,16 +166,17 @@ def quickstart(
     }
     tokens = (steps.seed * BATCH_SIZE + steps.after * SEQUENCES) * SEQUENCE_LENGTH
     served = _served(directory / "btx")
-    return Told(str(directory / "btx"), difference, loss, served, tokens, perf_counter() - started)
+    return Told(str(directory / "btx"), difference, loss, served, bits, tokens, perf_counter() - started)
 
 
 def rows(told: Told) -> list[tuple[Any, ...]]:
-    """The table: each model, its held-out loss of each domain and on average, and which has the lowest."""
+    """The table: each model, its held-out loss of each domain and on average; which has the lowest; bits if few."""
     best = min(told.loss, key=lambda name: told.loss[name]["mean"])
     table: list[tuple[Any, ...]] = []
     for name, loss in told.loss.items():
         losses = (f"{loss[domain]:.3f}" for domain in (*DOMAINS, "mean"))
-        table.append((name, *losses, "lowest mean" if name == best else ""))
+        remark = f"{told.bits[name]:.2f} bits per expert weight" if name in told.bits else ""
+        table.append((name, *losses, "lowest mean" if name == best else remark))
     return table
 
 
@@ -181,6 +195,16 @@ def _upcycled(dense: Path, moe: Path, seed: int) -> float:
     if not (verify_hashes(opened).ok and comparison.relative <= TOLERANCE):
         raise CheckFailed(f"{moe} is not the function of {dense}.", f"{comparison}", "Please report this: it is a bug.")
     return comparison.max_abs
+
+
+def _compressed(moe: Path, out: Path, bits: float | None) -> float:
+    calibration = Calibration(DATA, samples=CALIBRATION_SEQUENCES, sequence_length=SEQUENCE_LENGTH)
+    job = Job.of(Checkpoint.open(moe), QmoeRecipe(bits=bits).checked(), calibration)
+    place = out.with_name(f"{out.name}.statistics")
+    plan = job.plan(job.run(place, lambda _text: None, lambda _share: None))
+    write(plan, out)
+    shutil.rmtree(place)
+    return float(plan.facts["bits_per_expert_parameter"])
 
 
 def _train(source: Path, recipe: TrainRecipe, out: Path, on_step: Callable[[Metrics], None]) -> None:
@@ -212,7 +236,7 @@ def _make_room(directory: Path, asked: dict[str, Any], overwrite: bool) -> None:
     found = {path.name for path in directory.iterdir()}
     known = PARTS | {f"{name}.{end}" for name in PARTS for end in ("partial", "untrained", "statistics")} | {ASKED}
     note = directory / ASKED
-    if found <= known and "btx" not in found and ASKED in found and read_json(note) == asked:
+    if found <= known and LAST not in found and ASKED in found and read_json(note) == asked:
         return
     if found and not (overwrite and found <= known):
         raise UsageError(

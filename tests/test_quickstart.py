@@ -19,7 +19,8 @@ from moectl.errors import UsageError
 from moectl.training import byte_llama
 from moectl.training.metrics import Metrics
 
-MODELS = ["seed", "code", "prose", "arithmetic", "average", "btx", "ensemble (uniform)", "ensemble (posterior)"]
+MODELS = ["seed", "code", "prose", "arithmetic", "average", "btx", *quickstart.COMPRESSED]
+MODELS += ["ensemble (uniform)", "ensemble (posterior)"]
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +31,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quickstart, "SEQUENCES", 2)
     monkeypatch.setattr(quickstart, "HELDOUT_TOKENS", 512)
     monkeypatch.setattr(quickstart, "ROUTED_TOKENS", 512)
+    monkeypatch.setattr(quickstart, "CALIBRATION_SEQUENCES", 4)
 
 
 def test_it_makes_and_compares_every_model(tmp_path: Path) -> None:
@@ -47,6 +49,7 @@ def test_it_makes_and_compares_every_model(tmp_path: Path) -> None:
     assert [sum(share[domain] for share in told["served"].values()) for domain in byte_llama.DOMAINS] == pytest.approx(
         [2.0] * 3
     ), "every byte has two experts of three"
+    assert 4 < told["bits"]["btx-4-bits"] < 5 and 0 < told["bits"]["btx-ternary"] < 3
     opened = Checkpoint.open(place / "btx")
     assert verify_hashes(opened).ok and opened.model_type == "mixtral"
     assert AutoModelForCausalLM.from_pretrained(place / "btx").config.num_local_experts == 3

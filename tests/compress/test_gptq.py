@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from moectl.compress.quantise import grid, ternary
 from moectl.compress.quantise.gptq import factor, identity, sweep
 from moectl.compress.quantise.method import method
 
@@ -135,13 +136,24 @@ def test_a_hessian_that_cannot_be_factored_is_damped_more_then_left_out_and_told
 
 @pytest.mark.parametrize("bits", [None, 0.9, 2, 4])
 def test_matrices_do_not_know_of_one_another(bits):
-    weight, hessian = (part.float() for part in problem(4, 24, 256))
+    weight, hessian = (part.float() for part in problem(3, 16, 192))
     chosen = method(bits, dtype=torch.bfloat16)
     together = chosen.quantise(weight, hessian, None)
-    alone = [chosen.quantise(weight[i : i + 1], hessian[i : i + 1], None) for i in range(4)]
+    alone = [chosen.quantise(weight[i : i + 1], hessian[i : i + 1], None) for i in range(3)]
     for key, value in together.items():
         assert torch.allclose(value.float(), torch.cat([piece[key] for piece in alone]).float(), rtol=1e-5), key
     assert all(torch.equal(value, chosen.quantise(weight, hessian, None)[key]) for key, value in together.items())
+
+
+@pytest.mark.parametrize("bits", [None, 0.9, 3])
+def test_rows_may_be_worked_on_in_parts(monkeypatch, bits):
+    weight, hessian = (part.float() for part in problem(2, 40, 128))
+    chosen = method(bits, dtype=torch.bfloat16)
+    whole = chosen.quantise(weight, hessian, None)
+    for module in (grid, ternary):
+        monkeypatch.setattr(module, "ROWS", 16)
+    for key, value in chosen.quantise(weight, hessian, None).items():
+        assert torch.allclose(value.float(), whole[key].float(), rtol=1e-5), key
 
 
 def test_what_is_not_finite_is_named():

@@ -19,13 +19,13 @@ BF16 = torch.bfloat16
 
 
 @settings(max_examples=60, deadline=None)
-@given(any_problem(), st.sampled_from(DTYPES), st.sampled_from(["paper", "means", "target"]))
+@given(any_problem(), st.sampled_from(DTYPES), st.sampled_from(["paper", "means", "target", "symmetric"]))
 def test_what_is_stored_reads_as_what_gptq_assumed(problem, dtype, kind):
     weight, moments = problem
     target = None
     if kind == "target" and least_bits(weight.shape[2], "tunstall", dtype) < 1.5:
         target = 1.5
-    chosen = method(target, compat=kind == "paper", dtype=dtype)
+    chosen = method(target, compat=kind == "paper", symmetric=kind == "symmetric", dtype=dtype)
     piece = chosen.quantise(weight, moments, None)
     assert_reads_as_dense(chosen, piece, dtype)
     assert all(len(value) == len(weight) and torch.isfinite(value.float()).all() for value in piece.values())
@@ -43,6 +43,26 @@ def test_the_papers_grid_is_the_papers():
     assert torch.equal(nearest["trits_GRN"], expected)
 
 
+@pytest.mark.parametrize("bits", [None, 0.8])
+def test_one_level_for_both_signs_is_the_best_one(bits):
+    weight, moments = correlated(2, 16, 256)
+    chosen = method(bits, symmetric=True, dtype=torch.float32)
+    piece = chosen.quantise(weight, moments, None)
+    low, high = piece["levels_GR2"].unbind(2)
+    assert torch.equal(low, -high) and (high > 0).all()
+    damped = moments.double() + 0.1 * torch.diag_embed(torch.ones(2, 256, dtype=torch.float64)) * (
+        moments.double().diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    )
+
+    def lost(times: float) -> torch.Tensor:
+        off = weight.double() - times * chosen.dense(piece).double()
+        return torch.einsum("grn,gnm,grm->gr", off, damped, off)
+
+    assert (lost(1.0) <= lost(1.01)).all() and (lost(1.0) <= lost(0.99)).all()
+    free = method(bits, dtype=torch.float32).quantise(weight, moments, None)
+    assert (free["error_G"] < 1.05 * piece["error_G"]).all()
+
+
 def test_no_inputs_are_as_good_as_a_hessian_of_zeros():
     weight, _ = correlated(2, 6, 150)
     chosen = method(None, dtype=BF16)
@@ -52,10 +72,11 @@ def test_no_inputs_are_as_good_as_a_hessian_of_zeros():
     assert torch.allclose(cold["error_G"].double(), lost, rtol=1e-5)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", [None, 0.8])
-def test_the_error_that_is_told_is_that_of_what_is_read(bits):
+def test_the_error_that_is_told_is_that_of_what_is_read(bits, symmetric):
     weight, moments = correlated(2, 32, 384)
-    chosen = method(bits, dtype=BF16)
+    chosen = method(bits, symmetric=symmetric, dtype=BF16)
     piece = chosen.quantise(weight, moments, None)
     assert_error_is_told(chosen, weight, moments, piece)
     with pytest.raises(AssertionError):

@@ -60,7 +60,7 @@ class Grid:
         }
 
     def _rows(self, weight_GRN: Tensor, factored: Factor, strength_GN: Tensor, order_GN: Tensor) -> tuple[Tensor, ...]:
-        """Numbers, scales, points and shares of zeros of some rows, and the energies of what is lost and of the rows."""
+        """Numbers, scales, points and shares of zeros of some rows, and energies of what is lost and of the rows."""
         count, rows, width = weight_GRN.shape
         group = self._group(width)
         scale_GRS, point_GRS = fitted(weight_GRN, strength_GN, self.bits, group, self.symmetric, self.dtype)

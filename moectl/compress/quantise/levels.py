@@ -43,7 +43,9 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.to(dtype).to(values.dtype)
 
 
-def of_the_paper(weight_GRN: Tensor, times: float, means: bool, dtype: torch.dtype) -> Levels:
+def of_the_paper(
+    weight_GRN: Tensor, times: float, means: bool, dtype: torch.dtype, *, symmetric: bool = False
+) -> Levels:
     """Thresholds at half the largest and least weight of a row (arXiv 2310.16795; IST-DASLab/qmoe, quant.py).
 
     Args:
@@ -51,12 +53,13 @@ def of_the_paper(weight_GRN: Tensor, times: float, means: bool, dtype: torch.dty
         times: what thresholds are multiplied by.
         means: levels are the means of the weights beyond the thresholds; otherwise the largest and the least weight.
         dtype: of stored levels.
+        symmetric: the mean on both sides together, with either sign.
     """
     ends_GR2 = torch.stack([weight_GRN.amin(2).clamp(max=0), weight_GRN.amax(2).clamp(min=0)], 2)
     halves_GR2 = ends_GR2 * (times / 2)
     slack_GR2 = torch.zeros_like(halves_GR2)
     if means:
-        ends_GR2 = _means(weight_GRN, torch.ones_like(weight_GRN[:, 0]), halves_GR2, slack_GR2)
+        ends_GR2 = _means(weight_GRN, torch.ones_like(weight_GRN[:, 0]), halves_GR2, slack_GR2, symmetric)
     return Levels(rounded(ends_GR2, dtype), halves_GR2, slack_GR2)
 
 
@@ -67,7 +70,9 @@ def usual_price(weight_GRN: Tensor, strength_GN: Tensor) -> Tensor:
     return (square_G * strength_GN.double().log().mean(1).exp()).to(weight_GRN.dtype)
 
 
-def priced(weight_GRN: Tensor, strength_GN: Tensor, price_G: Tensor, dtype: torch.dtype) -> Levels:
+def priced(
+    weight_GRN: Tensor, strength_GN: Tensor, price_G: Tensor, dtype: torch.dtype, *, symmetric: bool = False
+) -> Levels:
     """Levels and thresholds for the least sum of errors, times strengths of inputs, and a price for each + and -.
 
     Of a weight t, s (t - level)^2 + price is less than s t^2 beyond level / 2 + price / (2 level s): a weak input gets
@@ -80,6 +85,7 @@ def priced(weight_GRN: Tensor, strength_GN: Tensor, price_G: Tensor, dtype: torc
         strength_GN: of inputs.
         price_G: of a weight of each matrix.
         dtype: of stored levels.
+        symmetric: the same level on both sides.
     """
     price_GR1 = price_G[:, None, None]
     start_GR = (2 * weight_GRN.square().mean(2) + price_GR1[..., 0]).sqrt()
@@ -87,7 +93,8 @@ def priced(weight_GRN: Tensor, strength_GN: Tensor, price_G: Tensor, dtype: torc
     for stride in _STRIDES:
         columns = slice(None, None, stride if weight_GRN.shape[2] > _FEW else 1)
         slack_GR2 = _slack(price_GR1, values_GR2)
-        values_GR2 = _means(weight_GRN[..., columns], strength_GN[:, columns], values_GR2 / 2, slack_GR2)
+        seen_GRN, strong_GN = weight_GRN[..., columns], strength_GN[:, columns]
+        values_GR2 = _means(seen_GRN, strong_GN, values_GR2 / 2, slack_GR2, symmetric)
     values_GR2 = rounded(values_GR2, dtype)
     return Levels(values_GR2, values_GR2 / 2, _slack(price_GR1, values_GR2))
 
@@ -98,13 +105,17 @@ def _slack(price_GR1: Tensor, values_GR2: Tensor) -> Tensor:
     return torch.where(values_GR2 == 0, never_2, price_GR1 / (2 * values_GR2))
 
 
-def _means(weight_GRN: Tensor, strength_GN: Tensor, halves_GR2: Tensor, slack_GR2: Tensor) -> Tensor:
+def _means(weight_GRN: Tensor, strength_GN: Tensor, halves_GR2: Tensor, slack_GR2: Tensor, symmetric: bool) -> Tensor:
     """The weighted means of what is below the first and above the second threshold, 0 where nothing is."""
-    means = []
+    heavy, total = [], []
     for side, sign in enumerate((-1, 1)):
         cut_GRN = torch.addcmul(halves_GR2[..., side, None], slack_GR2[..., side, None], 1 / strength_GN[:, None])
         beyond_GRN = (weight_GRN > cut_GRN if sign > 0 else weight_GRN < cut_GRN).to(weight_GRN.dtype)
-        heavy_GR1 = torch.bmm(beyond_GRN, strength_GN[..., None])
-        sum_GR1 = torch.bmm(beyond_GRN.mul_(weight_GRN), strength_GN[..., None])
-        means.append(torch.where(heavy_GR1 > 0, sum_GR1 / heavy_GR1, 0)[..., 0])
-    return torch.stack(means, 2)
+        heavy.append(torch.bmm(beyond_GRN, strength_GN[..., None])[..., 0])
+        total.append(torch.bmm(beyond_GRN.mul_(weight_GRN), strength_GN[..., None])[..., 0])
+    heavy_GR2, sum_GR2 = torch.stack(heavy, 2), torch.stack(total, 2)
+    if symmetric:
+        heavy_GR2 = heavy_GR2.sum(2, keepdim=True).expand_as(heavy_GR2)
+        half_GR = sum_GR2[..., 1] - sum_GR2[..., 0]
+        sum_GR2 = torch.stack([-half_GR, half_GR], 2)
+    return torch.where(heavy_GR2 > 0, sum_GR2 / heavy_GR2, 0)

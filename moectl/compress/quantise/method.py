@@ -71,7 +71,7 @@ def method(
             takes. 2, 3 or 4: a uniform grid.
         compat: levels and thresholds of QMoE (arXiv 2310.16795), ternary only.
         group_size: weights that share a scale, -1 for a whole row; uniform grids only.
-        symmetric: uniform grids without zero points.
+        symmetric: uniform grids without zero points, ternary rows with one level for both signs.
         code: `tunstall` or the paper's `qmoe`, ternary only.
         dtype: of the parameters in the checkpoint, so of levels and scales.
         damping: what is added to the diagonal of Hessians, relative to its mean.
@@ -92,7 +92,7 @@ def method(
                 "A weight that is one of three values has 1.58 bits at most, whatever they are.",
                 f"Use {MOST_TERNARY:g} or less, or 2, 3 or 4 bits.",
             )
-        return Ternary(bits=bits, compat=compat, code=code, dtype=dtype, damping=damping)
+        return Ternary(bits=bits, compat=compat, symmetric=symmetric, code=code, dtype=dtype, damping=damping)
     if bits not in (2, 3, 4):
         raise UsageError(
             f"There is no way to quantise to {bits:g} bits.",

@@ -16,7 +16,14 @@ _RIDGE = 1e-6
 
 
 def refit(
-    factored: Factor, through_GNR: Tensor, trits_GNR: Tensor, levels_GR2: Tensor, off_GNR: Tensor, dtype: torch.dtype
+    factored: Factor,
+    through_GNR: Tensor,
+    trits_GNR: Tensor,
+    levels_GR2: Tensor,
+    off_GNR: Tensor,
+    dtype: torch.dtype,
+    *,
+    symmetric: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Levels with which the damped error of each row is least, or those it had where it is not less with them.
 
@@ -27,6 +34,7 @@ def refit(
         levels_GR2: levels, as they are stored.
         off_GNR: (W - Q) (1 + F) with these levels.
         dtype: of stored levels.
+        symmetric: + and - keep the same level.
 
     Returns:
         Levels and what is off with them.
@@ -41,8 +49,12 @@ def refit(
     ridge = _RIDGE * (minus_minus + plus_plus)
     minus_minus, plus_plus = minus_minus + ridge, plus_plus + ridge
     minus_off, plus_off = factored.inner(minus_GNR, off_GNR), factored.inner(plus_GNR, off_GNR)
-    more_GR2 = torch.stack([plus_plus * minus_off - both * plus_off, minus_minus * plus_off - both * minus_off], 2)
-    determinant = (minus_minus * plus_plus - both.square())[..., None]
+    if symmetric:
+        more_GR2 = (plus_off - minus_off)[..., None] * levels_GR2.new_tensor([-1.0, 1.0])
+        determinant = (minus_minus + plus_plus - 2 * both)[..., None]
+    else:
+        more_GR2 = torch.stack([plus_plus * minus_off - both * plus_off, minus_minus * plus_off - both * minus_off], 2)
+        determinant = (minus_minus * plus_plus - both.square())[..., None]
     more_GR2 = torch.where(determinant > 0, more_GR2 / determinant, 0)
     better_GR2 = rounded(levels_GR2 + more_GR2, dtype)
     change_GR2 = better_GR2 - levels_GR2

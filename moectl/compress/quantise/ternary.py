@@ -28,6 +28,7 @@ class Ternary:
     Attributes:
         bits: of a weight, all counted; None for the thresholds of the paper, at what that takes.
         compat: the paper's levels as well, found before GPTQ and kept.
+        symmetric: + and - have the same level, as an export to `w2a16` needs it.
         code: `tunstall` or `qmoe`.
         dtype: of levels.
         damping: relative to the mean of a Hessian's diagonal.
@@ -35,6 +36,7 @@ class Ternary:
 
     bits: float | None
     compat: bool
+    symmetric: bool
     code: str
     dtype: torch.dtype
     damping: float
@@ -83,7 +85,9 @@ class Ternary:
         rounded_GNR, off_GNR, levels_GR2 = self._swept(weight_GRN, factored, strength_GN, price_G)
         through_GNR, trits_GNR = factored.through(weight_GNR), rounded_GNR.sign()
         if not self.compat:
-            levels_GR2, off_GNR = refit(factored, through_GNR, trits_GNR, levels_GR2, off_GNR, self.dtype)
+            levels_GR2, off_GNR = refit(
+                factored, through_GNR, trits_GNR, levels_GR2, off_GNR, self.dtype, symmetric=self.symmetric
+            )
         lost_GNR = weight_GNR - _values(trits_GNR, levels_GR2[:, None])
         energies = energy(factored, off_GNR, lost_GNR), energy(factored, through_GNR, weight_GNR)
         return trits_GNR.to(torch.int8).mT.contiguous(), levels_GR2.to(self.dtype), *energies
@@ -93,9 +97,9 @@ class Ternary:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What rows become, what they are off by, and levels."""
         if price_G is None:
-            levels = of_the_paper(weight_GRN, 1.0, not self.compat, self.dtype)
+            levels = of_the_paper(weight_GRN, 1.0, not self.compat, self.dtype, symmetric=self.symmetric)
         else:
-            levels = priced(weight_GRN, strength_GN, price_G, self.dtype)
+            levels = priced(weight_GRN, strength_GN, price_G, self.dtype, symmetric=self.symmetric)
 
         def to_value(target_GR: Tensor, column: int) -> Tensor:
             return levels.value(target_GR, strength_GN[:, column])
@@ -120,6 +124,7 @@ class Ternary:
             "method": "ternary",
             "bits": self.bits,
             "compat": self.compat,
+            "symmetric": self.symmetric,
             "code": self.code,
             "dtype": str(self.dtype).removeprefix("torch."),
             "damping": self.damping,
