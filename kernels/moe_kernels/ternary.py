@@ -25,8 +25,9 @@ from moe_kernels.experts import expert_mlp
 
 SLOTS = 6
 UNUSED = 255
-WORKSPACE = 1 << 30
-"""Bytes of matrices that are decoded at a time, at least one expert's."""
+WORKSPACE = {"cuda": 1 << 30, "cpu": 1 << 26}
+"""Bytes of matrices that are decoded at a time, at least one expert's. On a CPU the first touch of new memory takes
+longer than decoding into it, so there it is little, and used again for the next expert."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def ternary_mlp(
     """`expert_mlp` with ternary matrices, `up` of [E, G, D] and `down` of [E, D, F].
 
     Few rows an expert are multiplied with the codewords; for more, or where a gradient is wanted (to everything but the
-    matrices), experts are decoded, at most WORKSPACE bytes of them at a time, and `expert_mlp` does the rest.
+    matrices), experts are decoded, about WORKSPACE bytes of them at a time, and `expert_mlp` does the rest.
 
     Arguments, result and errors as `expert_mlp` has them.
     """
@@ -144,7 +145,7 @@ def ternary_mlp(
     learning = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given)
     call = Call(x, up, down, index_TK, weight_TK, activation, gate_up_bias, down_bias, interleaved, post_norm)
     if learning or not implementation(up).few(call):
-        return call.by_matrices().to(x_TD.dtype)
+        return call.by_matrices(learning).to(x_TD.dtype)
     if target.uses_triton(x) and isinstance(activation, Activation) and post_norm is None:
         from moe_kernels.gpu import ternary
 
@@ -186,8 +187,8 @@ class Call:
         y_SD = torch.where(known[:, None], y_SD.float(), 0.0)
         return torch.bmm(self.weight_TK[:, None].float(), y_SD.view(tokens, top_k, self.down.rows)).squeeze(1)
 
-    def by_matrices(self) -> Tensor:
-        """`expert_mlp` on decoded matrices, as many experts at a time as WORKSPACE holds."""
+    def by_matrices(self, learning: bool) -> Tensor:
+        """`expert_mlp` on decoded matrices, as many experts at a time as WORKSPACE holds; gradients keep them all."""
         experts, device = self.up.experts, self.x_TD.device
         known = (self.index_TK >= 0) & (self.index_TK < experts)
         key_TK = torch.where(known, self.index_TK, experts).long()
@@ -195,7 +196,10 @@ class Call:
         # Which experts have rows is asked where nobody waits for the answer; elsewhere -1 stands for those without.
         numbers = hit.nonzero().squeeze(1) if device.type == "cpu" else torch.arange(experts, device=device)
         size = (self.up.rows * self.up.width + self.down.rows * self.down.width) * self.up.dtype.itemsize
-        chunks = numbers.split(max(1, WORKSPACE // max(1, size)))
+        chunks = numbers.split(max(1, WORKSPACE.get(device.type, WORKSPACE["cuda"]) // max(1, size)))
+        room_up, room_down = (
+            None if learning else implementation(stack).empty(stack, len(chunks[0])) for stack in (self.up, self.down)
+        )
         y_TD = torch.zeros_like(self.x_TD, dtype=torch.float32)
         for chunk in chunks:
             which = torch.where(hit[chunk], chunk, -1)
@@ -203,8 +207,10 @@ class Call:
             place[chunk] = torch.arange(len(chunk), device=device)
             biases = (None if bias is None else bias[chunk] for bias in (self.gate_up_bias, self.down_bias))
             gate_up_bias, down_bias = biases
+            up = decode(self.up, which, room_up if room_up is None else room_up[: len(chunk)])
+            down = decode(self.down, which, room_down if room_down is None else room_down[: len(chunk)])
             y = expert_mlp(
-                self.x_TD, decode(self.up, which), decode(self.down, which), place[key_TK], self.weight_TK,
+                self.x_TD, up, down, place[key_TK], self.weight_TK,
                 activation=self.activation, gate_up_bias=gate_up_bias, down_bias=down_bias,
                 interleaved=self.interleaved, post_norm=self.post_norm,
             )  # fmt: skip

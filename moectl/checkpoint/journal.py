@@ -18,6 +18,7 @@ import json
 import os
 import secrets
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +38,18 @@ _FILE = "file:"
 def partial_of(out: Path) -> Path:
     """OUT.partial, beside OUT so that the last rename stays on one file system."""
     return out.with_name(out.name + ".partial")
+
+
+def check_recipe(out: Path, recipe: Mapping[str, Any]) -> None:
+    """Refuse, for work that comes before there is a plan, an unfinished output that another recipe began.
+
+    Raises:
+        UsageError: there is one.
+    """
+    root = partial_of(Path(os.path.normpath(out.absolute())))
+    begun = _read(root / "journal" / "plan.json")
+    if begun is not None and begun.get("plan", {}).get("recipe") != json.loads(json.dumps(recipe)):
+        raise _of_another(root)
 
 
 @dataclass(frozen=True)
@@ -152,11 +165,7 @@ class Journal:
 
     def _check(self, begun: dict[str, Any]) -> None:
         if begun.get("fingerprint") != self.plan.fingerprint:
-            raise UsageError(
-                f"{escape(str(self.root))} holds the unfinished output of another command.",
-                "Its shards do not belong to this one (other options, other sources or another version of moectl).",
-                "Finish that one with its own command, or remove the directory, or give --overwrite.",
-            )
+            raise _of_another(self.root)
         if not self._is_state(begun):
             raise InputError(
                 f"The source of {escape(str(self.root))} changed since it was begun.",
@@ -194,6 +203,14 @@ class Journal:
     def _write(self, name: str, record: dict[str, Any]) -> None:
         put(self.fs, self._record(name), json.dumps(record).encode(), self.work_file(f"{name}.json"))
         self.fs.sync_directory(self._record(name).parent)
+
+
+def _of_another(root: Path) -> UsageError:
+    return UsageError(
+        f"{escape(str(root))} holds the unfinished output of another command.",
+        "Its shards do not belong to this one (other options, other sources or another version of moectl).",
+        "Finish that one with its own command, or remove the directory, or give --overwrite.",
+    )
 
 
 def _stats(source: Checkpoint) -> dict[str, list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,9 @@ from moectl.cli.qmoe import qmoe
 from moectl.errors import MoectlError
 
 if TYPE_CHECKING:
+    from moectl.checkpoint.plan import Plan
     from moectl.checkpoint.source import Checkpoint
+    from moectl.compress.prune_scores import Scores
 
 _BUILTIN_COST = (
     "Experts are chosen on built-in text: Python's own code and documentation, and sums. What other text needs may be "
@@ -70,6 +73,9 @@ def prune(
     no_eval: Annotated[
         bool, typer.Option("--no-eval", help="Do not measure loss and generation before and after.")
     ] = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the report as a page.", show_default=False)
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[
         str,
@@ -116,6 +122,7 @@ def prune(
     recipe = PruneRecipe(method, ratio, keep, output.parse_size(shard_size))
     recipe.check()
     how.check()
+    writing.check_page(html)
     source = Checkpoint.open(model, revision)
     for warning in source.warnings:
         output.warn(warning)
@@ -140,8 +147,27 @@ def prune(
         f"{facts['experts']} of {facts['source_experts']} experts, top {facts['top_k']}",
         against=(model,) if facts["exact"] else (),
         schema="moectl.compress/1",
-        measure=lambda: {} if no_eval or facts["exact"] else _probed(source, out, specs, device, quiet=quiet),
+        measure=lambda: _told(
+            plan, measured, out, html, () if no_eval or facts["exact"] else specs, device, quiet=quiet
+        ),
     )
+
+
+def _told(
+    plan: Plan, scores: Scores | None, out: Path, html: Path | None, specs: tuple[str, ...], device: str, *, quiet: bool
+) -> dict[str, Any]:
+    """What became of the model, measured on `specs`, said on stderr and written as a page."""
+    from moectl.compress.prune_page import render
+    from moectl.report import html as pages
+    from moectl.report import output
+
+    found = _probed(plan.sources[0], out, specs, device, quiet=quiet) if specs else {}
+    if html is not None and scores is None:
+        output.warn("No expert was removed, so there is no page about it.")
+    elif html is not None and scores is not None:
+        pages.write(html, render(plan, scores, found.get("domains", {}), writing.whole_command(sys.argv)))
+        output.note(f"Written: {html}", quiet=quiet)
+    return found
 
 
 def _probed(source: Checkpoint, out: Path, specs: tuple[str, ...], device: str, *, quiet: bool) -> dict[str, Any]:

@@ -86,8 +86,7 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         code = 130
     except MemoryError:
-        _complain(["The machine is out of memory.", "", "Use a machine with more, or close other programs."])
-        code = MachineError.exit_code
+        code = _lacks_memory()
     except OSError as error:
         what = error.strerror or str(error)
         _complain([f"{error.filename}: {what}" if error.filename else what, "The machine could not do it."])
@@ -98,9 +97,13 @@ def main() -> NoReturn:
             _complain([stop.code])
         if isinstance(stop.__context__, BrokenPipeError):  # Typer ends a broken pipe with 1
             code = 141
-    except BaseException:
-        _report_bug()
-        code = 1
+    except BaseException as error:
+        # torch has no type of its own for a CPU without memory.
+        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+            code = _lacks_memory()
+        else:
+            _report_bug()
+            code = 1
     if code in (130, 143):
         _complain(["Interrupted. An unfinished output is kept; the same command resumes it."])
     _leave(code)
@@ -130,6 +133,11 @@ def _complain(lines: list[str]) -> None:
     first, *rest = [escape(line) for line in lines if line]
     with suppress(OSError):
         print("\n  ".join(["error: " + first, *rest]), file=sys.stderr)  # noqa: T201
+
+
+def _lacks_memory() -> int:
+    _complain(["The machine is out of memory.", "", "Use a machine with more, or close other programs."])
+    return MachineError.exit_code
 
 
 def _report_bug() -> None:

@@ -104,6 +104,7 @@ def qmoe(
     import os
     from time import perf_counter
 
+    from moectl.checkpoint.journal import check_recipe
     from moectl.checkpoint.publish import check_apart, disk_errors, exists_error, is_occupied
     from moectl.checkpoint.source import Checkpoint
     from moectl.compress.calibration import SAMPLES, Calibration
@@ -162,6 +163,8 @@ def qmoe(
             if leads:
                 _already_made(out, folder, how, html)
             return
+    if not (overwrite or dry_run):
+        check_recipe(out, job.recorded)
     if leads:
         _show_estimate(job, dry_run=dry_run, json=json, quiet=quiet)
     if dry_run:

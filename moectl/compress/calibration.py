@@ -61,7 +61,7 @@ def calibration_tokens(source: Checkpoint, calibration: Calibration) -> np.ndarr
     """The first sequences of the data's training part, [B, L].
 
     Raises:
-        UsageError: the sequences are longer than the model's positions.
+        UsageError: the sequences are longer than the model's positions, or than `max_tokens` of the calibration.
         InputError: there is less text than one sequence, or no tokenizer.
     """
     from moectl.data.documents import read_documents
@@ -69,17 +69,24 @@ def calibration_tokens(source: Checkpoint, calibration: Calibration) -> np.ndarr
     from moectl.layerwise.skeleton import read_config
     from moectl.layerwise.tokenizer import encoder, load_tokenizer, separator
 
-    positions = getattr(read_config(source), "max_position_embeddings", None) or SEQUENCE_LENGTH
-    length = calibration.sequence_length or min(SEQUENCE_LENGTH, positions)
-    if length > positions:
+    positions = getattr(read_config(source).get_text_config(decoder=True), "max_position_embeddings", None)
+    most = calibration.max_tokens
+    length = calibration.sequence_length or min(SEQUENCE_LENGTH, positions or SEQUENCE_LENGTH, most or SEQUENCE_LENGTH)
+    if most is not None and length > most:
+        raise UsageError(
+            f"--max-tokens {most} is less than one sequence of {length} tokens.",
+            "",
+            "Give more, or a smaller --seq-len.",
+        )
+    if positions and length > positions:
         raise UsageError(
             f"--seq-len {length} is more than the {positions} positions of {escape(source.name)}.",
             "What its experts are given beyond them means nothing.",
             f"Give at most {positions}.",
         )
     samples = calibration.samples or SAMPLES
-    if calibration.max_tokens is not None:
-        samples = max(1, min(samples, calibration.max_tokens // length))
+    if most is not None:
+        samples = min(samples, most // length)
     tokenizer = load_tokenizer(source)
     packed = token_batches(
         read_documents(calibration.data or BUILTIN, "train"),

@@ -114,7 +114,7 @@ class Decoding:
         """
         repacked, others = self._split(layer)
         tensors: dict[str, Tensor] = {}
-        for names in others:
+        for names in sorted(others, key=self._size, reverse=True):  # what needs twice its size, while there is room
             tensors |= self._apart({name: self._read(name) for name in names})
         for name in repacked:
             tensors |= export_tensors(self.model, stored.matrix(self.source, name, self.coded[name]), self._way)
@@ -135,6 +135,9 @@ class Decoding:
         others = [name for name in self.layers[layer] if name not in repacked]
         joined = [name for name in others if self._is_joined(name)]
         return repacked, [*([name] for name in others if name not in joined), *([joined] if joined else [])]
+
+    def _size(self, names: list[str]) -> int:
+        return sum(self.model.get_parameter_or_buffer(name).numel() for name in names)
 
     def _is_joined(self, name: str) -> bool:
         """Whether saving makes a tensor of this parameter and others."""

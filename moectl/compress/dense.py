@@ -149,7 +149,7 @@ def _quantised(weight_RN: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor
         tried, _ = calculate_qparams(-factor * largest_RG, factor * largest_RG, meaning)
         tried = tried.to(dtype)
         numbers = quantize(weight_RN, tried.float(), None, meaning)
-        error = (dequantize(numbers, tried.float(), args=meaning) - weight_RN).unflatten(1, (-1, size))
+        error = (dequantize(numbers, tried.float(), args=meaning).to(dtype) - weight_RN).unflatten(1, (-1, size))
         squared = error.square().sum(-1)
         scale_RG = torch.where(squared < best, tried, scale_RG)
         best = torch.minimum(squared, best)

@@ -27,12 +27,12 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from moectl.codecs import blob, grid
 from moectl.codecs.bits import packed
+from moectl.compress.qmoe_recipe import EXPORTS as FORMATS
 from moectl.errors import InputError, UsageError
 from moectl.integrations.qmoe.arrays import tensor_of
 from moectl.layerwise.quiet import quiet
 from moectl.text import escape, shown
 
-FORMATS = {"w2a16": 2, "w4a16": 4}
 GROUP_SIZES = (128, 64, 32)
 """What vLLM's kernels take besides whole rows."""
 
@@ -100,7 +100,7 @@ def foreseen(form: str, model: PreTrainedModel, names: Iterable[str], group_size
     Args:
         form: a name of `FORMATS`.
         model: of the family, possibly on meta.
-        names: of the parameters that will be quantised, [..., R, N] each.
+        names: of the parameters that will be quantised.
         group_size: weights that will share a scale, -1 for a row.
 
     Raises:
@@ -175,7 +175,8 @@ def _numbers(matrix: blob.Blob | grid.GridBlob, bits: int) -> tuple[np.ndarray, 
         if (has_minus & has_plus & (minus != -plus)).any():
             raise _asymmetric(matrix.name, "--symmetric")
         trits += half  # in place: a layer of a large model has billions of them
-        return packed(trits.view(np.uint8), bits), np.where(has_plus, plus, -minus)[..., None]
+        scales = np.where(has_plus, plus, np.where(has_minus, -minus, np.ones_like(minus)))
+        return packed(trits.view(np.uint8), bits), scales[..., None]
     if matrix.bits > bits:
         raise InputError(
             f"{escape(matrix.name)} has {matrix.bits} bits, and the format {bits}.",

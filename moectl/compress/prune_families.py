@@ -55,33 +55,34 @@ PRUNABLE: dict[str, str] = {
 }
 """model_type -> the config field that counts routed experts, where config.json leaves it out."""
 
-_PART = "it is a part of a larger model, and cannot be run as a language model by itself"
-_TWO_STACKS = "it is an encoder-decoder, which cannot be run one layer at a time"
+PART = "it is a part of a larger model, and cannot be run as a language model by itself"
+TWO_STACKS = "it is an encoder-decoder, which cannot be run one layer at a time"
+"""Reasons of several families."""
 
 REFUSED: dict[str, str] = {
     "dbrx": "the experts of a layer are the rows of one matrix",
-    "deepseek_ocr2_text": _PART,
+    "deepseek_ocr2_text": PART,
     "deepseek_v4": "tables name the experts of each token id, so an expert cannot go without its tokens",
-    "diffusion_gemma_text": _PART,
+    "diffusion_gemma_text": PART,
     "doge": "its experts are pairs of keys that the router multiplies, so one cannot go by itself",
-    "ernie4_5_vl_moe_text": _PART,
-    "glm4v_moe_text": _PART,
-    "glm5_next_text": _PART,
+    "ernie4_5_vl_moe_text": PART,
+    "glm4v_moe_text": PART,
+    "glm5_next_text": PART,
     "inkling_text": "its router scores shared experts too, so that its rows are more than the experts",
     "jetmoe": "its attention has experts that share their router's config with those of the FFN",
     "llama4_text": "its experts are given the tokens weighted, and all of them at once",
     "longcat_flash": "its router also scores experts that do nothing, so that its rows are more than the experts",
-    "mistral4": _PART,
-    "mistral_large4_text": _PART,
-    "muse_spark_text": _PART,
-    "nllb-moe": _TWO_STACKS,
+    "mistral4": PART,
+    "mistral_large4_text": PART,
+    "muse_spark_text": PART,
+    "nllb-moe": TWO_STACKS,
     "openai_privacy_filter": "it labels tokens and predicts none",
-    "qwen3_omni_moe_talker_text": _PART,
-    "qwen3_omni_moe_text": _PART,
-    "qwen3_vl_moe_text": _PART,
-    "step3p5": _PART,
-    "switch_transformers": _TWO_STACKS,
-    "unlimited_ocr_text": _PART,
+    "qwen3_omni_moe_talker_text": PART,
+    "qwen3_omni_moe_text": PART,
+    "qwen3_vl_moe_text": PART,
+    "step3p5": PART,
+    "switch_transformers": TWO_STACKS,
+    "unlimited_ocr_text": PART,
     "vitpose_backbone": "its experts are chosen by data set, without a router",
     "zaya": "its router also scores an expert that does nothing, and hands its state to the next layer",
 }

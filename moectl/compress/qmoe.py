@@ -99,7 +99,9 @@ def exported(made: Coded, form: str, place: Path) -> tuple[Coded, dict[str, Any]
     way = packing(form, (_read(made, name, f"{name}.about") for name in names))
     files, parts = [made.source, *made.files], dict(made.parts)
     for name in names:
-        file = kept_file(place / f"{form}-{name}.safetensors", partial(_exported, made, name, model, way))
+        path = place / f"{form}-{name}.safetensors"
+        path.unlink(missing_ok=True)  # soon made again, and nobody knows whether the disk has kept it
+        file = kept_file(path, partial(_exported, made, name, model, way))
         parts[name] = [Copy(tensor, len(files)) for tensor in file.tensors]
         files.append(file)
     return replace(made, files=tuple(files[1:]), parts=parts), way.config()
@@ -132,7 +134,8 @@ def plan_qmoe(
     source = made.source
     tensors = tuple(_tensors(made))
     experts, top_k = experts_and_top_k(source.config)
-    parameters = sum(math.prod(ref.shape) for name, ref in source.tensors.items() if name not in made.ignored)
+    used = [ref for name, ref in source.tensors.items() if name not in made.ignored]
+    parameters, source_bytes = sum(math.prod(ref.shape) for ref in used), sum(ref.nbytes for ref in used)
     of_experts = made.of_experts
     idle = of_experts * (experts - top_k) // experts if experts and top_k else 0
     expert_parts = {copy for name in made.experts for copy in made.parts[name]}
@@ -142,7 +145,7 @@ def plan_qmoe(
         "family": source.model_type,
         "source_family": source.model_type,
         "source_parameters": parameters,
-        "source_bytes": source.nbytes,
+        "source_bytes": source_bytes,
         "parameters": parameters,
         "active_parameters": parameters - idle,
         "expert_parameters": of_experts,
@@ -150,7 +153,7 @@ def plan_qmoe(
         "expert_bytes": expert_bytes,
         "bits_per_parameter": 8 * weight_bytes / parameters,
         "bits_per_expert_parameter": 8 * expert_bytes / of_experts,
-        "ratio": source.nbytes / weight_bytes,
+        "ratio": source_bytes / weight_bytes,
         "ignored": len(made.ignored),
     }
     return Plan(

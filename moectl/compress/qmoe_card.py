@@ -14,7 +14,12 @@ from moectl.text import escape
 def qmoe_card(source: Checkpoint, recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     """The text of README.md, with front matter for the Hub."""
     name = escape(source.name)
-    front = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [moe, quantization, qmoe, moectl]"]
+    kind = "compressed-tensors" if recipe["export"] else "qmoe"
+    front = [
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        f"tags: [moe, quantization, {kind}, moectl]",
+    ]
     front += inherited(source)
     if source.commit:
         front += ["base_model:", f"- {name}"]
@@ -35,6 +40,7 @@ def qmoe_card(source: Checkpoint, recipe: Mapping[str, Any], facts: Mapping[str,
         f"| bits per parameter | {before:.2f} | {facts['bits_per_parameter']:.3f} |",
         f"| bits per parameter of experts | | {facts['bits_per_expert_parameter']:.3f} |",
         "",
+        *left_out(facts["ignored"]),
         "It has not been trained since: measure what it lost with `moectl eval`.",
         "",
         "## Recipe",
@@ -48,11 +54,18 @@ def qmoe_card(source: Checkpoint, recipe: Mapping[str, Any], facts: Mapping[str,
     return "\n".join(lines) + "\n"
 
 
+def left_out(tensors: int) -> list[str]:
+    """That so many tensors of the source are not in the output, if any are."""
+    which = "Tensors that the model has no place for, such as those of layers that predict further tokens, are left out"
+    return [f"{which}: {tensors}.", ""] if tensors else []
+
+
 def export_lines() -> list[str]:
     """How an export is loaded."""
     return [
         "Experts are packed in the format of [compressed-tensors](https://github.com/vllm-project/compressed-tensors).",
-        "vLLM reads it. transformers does with `pip install compressed-tensors`, and makes plain weights of them.",
+        "They are named as vLLM's loader expects it, which was read, not run. transformers loads them with",
+        "`pip install compressed-tensors`, and makes plain weights of them.",
     ]
 
 

@@ -16,6 +16,7 @@ from moectl.checkpoint.dtypes import FLOATS, TORCH_NAMES
 from moectl.checkpoint.plan import Plan
 from moectl.checkpoint.provenance import read_provenance
 from moectl.checkpoint.source import Checkpoint
+from moectl.codecs.checks import VERSION
 from moectl.compress.calibration import Calibration, calibration_tokens
 from moectl.compress.dense import DensePart
 from moectl.compress.export import foreseen
@@ -32,7 +33,6 @@ from moectl.layerwise.skeleton import build, decoder_layers, read_config
 from moectl.layerwise.whole import check_ids, device_named, dtype_named
 from moectl.text import escape
 
-VERSION = 1
 _DENSE_BITS = {"int8": 8, "int4": 4}
 _BY_NAME = {name: dtype for dtype, name in TORCH_NAMES.items()}
 
@@ -70,17 +70,17 @@ class Job:
                 "Give a Mixture-of-Experts model (`moectl inspect` shows what a model is).",
             )
         if recipe.export:
-            experts = {k: v for i, layer in enumerate(layers) for k, v in candidates(f"{prefix}.{i}", layer).items()}
-            stacks = [name for name, parameter in experts.items() if parameter.ndim == 3]
-            foreseen(recipe.export, model, stacks, recipe.group_size)
-        token_BL = calibration_tokens(source, calibration)
-        check_ids(source, model, token_BL)
+            found = (name for i, layer in enumerate(layers) for name in candidates(f"{prefix}.{i}", layer))
+            foreseen(recipe.export, model, [name for name in found if not name.endswith("bias")], recipe.group_size)
         device = device_named(calibration.device)
         dtype = dtype_named(calibration.dtype, device)
         if dtype == "auto":
             dtype = getattr(read_config(source), "dtype", None) or torch.float32
         stored = weights_dtype(source)
-        dense = None if recipe.dense == "bf16" or recipe.export else DensePart(_DENSE_BITS[recipe.dense], stored)
+        method = recipe.method(stored)
+        dense = None if recipe.dense == "bf16" else DensePart(_DENSE_BITS[recipe.dense], stored)
+        token_BL = calibration_tokens(source, calibration)
+        check_ids(source, model, token_BL)
         settings = Settings(
             dense=dense,
             batch_experts=recipe.batch_experts,
@@ -90,7 +90,7 @@ class Job:
             dtype=dtype,
             device=device,
         )
-        return cls(source, recipe, calibration, token_BL, recipe.method(stored), settings)
+        return cls(source, recipe, calibration, token_BL, method, settings)
 
     @cached_property
     def key(self) -> str:
@@ -152,7 +152,7 @@ class Job:
 
 
 def weights_dtype(source: Checkpoint) -> torch.dtype:
-    """The floating-point type that most of a checkpoint's weights have.
+    """The floating-point type that most of a checkpoint's weights have; of float64, which no level has, float32.
 
     Raises:
         InputError: it has none.
@@ -167,4 +167,5 @@ def weights_dtype(source: Checkpoint) -> torch.dtype:
             "What is quantised already is not quantised again.",
             "Give the checkpoint it was made from.",
         )
-    return getattr(torch, _BY_NAME[max(sizes, key=lambda name: sizes[name])])
+    found: torch.dtype = getattr(torch, _BY_NAME[max(sizes, key=lambda name: sizes[name])])
+    return torch.float32 if found == torch.float64 else found

@@ -33,7 +33,7 @@ class QmoeRecipe:
         symmetric: levels are as far below zero as above, as `w2a16` and `w4a16` need it.
         compat: ternary levels and thresholds as in the paper (arXiv 2310.16795).
         code: of ternary weights: `tunstall`, or the paper's dictionary `qmoe`.
-        dense: what the weights beside the experts are stored in; bf16 leaves them as they are.
+        dense: what the weights beside the experts are stored in; bf16 leaves them as they are, as an export does.
         min_tokens: experts that were given fewer are rounded to nearest.
         all_experts: every expert is shown every token.
         gate_weighted: tokens count as much as their gate (MoEQuant, arXiv 2505.03804).
@@ -70,7 +70,13 @@ class QmoeRecipe:
                 "What it stores is a uniform grid, symmetric about zero.",
                 "Leave --bits and --qmoe-compat out.",
             )
-        return replace(self, bits=bits, symmetric=True)
+        if self.dense == "int4":
+            raise UsageError(
+                f"--export {self.export} leaves what is no expert's as it is.",
+                "Its readers are told that experts alone are packed.",
+                "Leave --dense out, or --export.",
+            )
+        return replace(self, bits=bits, symmetric=True, dense="bf16")
 
     @property
     def is_ternary(self) -> bool:
@@ -128,5 +134,5 @@ class QmoeRecipe:
             )
         if self.group_size != -1 and self.group_size < 8:
             raise UsageError(f"--group-size {self.group_size} is too small.", "", "Give 128, 64, 32, or -1 for rows.")
-        if not self.is_ternary and self.code != "tunstall":
+        if (self.export or not self.is_ternary) and self.code != "tunstall":
             raise UsageError("--code is for ternary weights.", "A uniform grid is stored bit by bit.", "Leave it out.")

@@ -27,10 +27,13 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from moectl.checkpoint.source import Checkpoint
-from moectl.errors import InputError
+from moectl.errors import InputError, MachineError
 from moectl.layerwise.quiet import quiet
 from moectl.layerwise.tensors import OnDisk, on_meta
 from moectl.text import escape
+
+_OUT_OF_MEMORY = re.compile(r"MemoryError|can't allocate memory|out of memory")
+"""In the text that is all transformers hands on of an error while it converts."""
 
 
 class WeightLoader:
@@ -45,6 +48,7 @@ class WeightLoader:
 
     Raises:
         InputError: a parameter would be left without a value, a tensor without a place, or shapes differ.
+        MachineError: memory ended.
     """
 
     def __init__(
@@ -136,17 +140,31 @@ class WeightLoader:
             dtype_plan=self._model._get_dtype_plan(self._dtype),
             device_map={"": device},
         )
-        with quiet():
-            info, _ = convert_and_load_state_dict_in_model(self._model, dict(tensors), config)
+        try:
+            with quiet():
+                info, _ = convert_and_load_state_dict_in_model(self._model, dict(tensors), config)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
+                raise self._too_large() from error
+            raise
         return info
 
     def _refuse_misfits(self, info: Any) -> None:
         for name in sorted(info.conversion_errors, key=dot_natural_key):
+            if _OUT_OF_MEMORY.search(info.conversion_errors[name]):
+                raise self._too_large()
             raise self._bad(f"has {len(self._sources[name])} tensors that do not make up one {name!r}", name)
         for name, found, expected in sorted(info.mismatched_keys):
             raise self._bad(f"makes {name!r} {list(found)}, but its config.json {list(expected)}", name)
         if info.unexpected_keys:
             raise self._bad(f"has {_some(info.unexpected_keys)}, for which the model has no place")
+
+    def _too_large(self) -> MachineError:
+        return MachineError(
+            f"Memory ended while weights of {escape(self._checkpoint.name)} were read.",
+            "Its largest decoder layer has to fit, and what it is made of beside it.",
+            "Use a larger machine, or a smaller type (--dtype bfloat16).",
+        )
 
     def _lacking(self, names: Iterable[str]) -> InputError:
         return self._bad(f"has no tensor for {_some(names)}")

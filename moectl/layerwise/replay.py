@@ -5,6 +5,9 @@ what the last of them returned, and left as soon as that one has run. So masks, 
 family hands its layers are made by transformers, for the right tokens. What stands outside the layers is read when it
 is first called, and stays for as long as the layer does.
 
+An encoder-decoder is one sequence of layers, the encoder's and then the decoder's; the latter are also handed what the
+encoder's last returned.
+
 Shapes: B sequences, L tokens each.
 """
 
@@ -24,8 +27,7 @@ from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError
 from moectl.layerwise.leaks import Made
 from moectl.layerwise.loading import WeightLoader
-from moectl.layerwise.model import units
-from moectl.layerwise.skeleton import build, decoder_layers
+from moectl.layerwise.skeleton import all_layers, build
 from moectl.text import escape
 
 Returned = tuple[Any, dict[str, dict[Any, Any]]]
@@ -33,6 +35,9 @@ Returned = tuple[Any, dict[str, dict[Any, Any]]]
 
 Gemma 4 shares keys and values in such a mapping.
 """
+
+Tokens = Tensor | tuple[Tensor, Tensor]
+"""Token ids [B, L]; of an encoder-decoder those of the source and those of the target."""
 
 Prepare = Callable[[str, nn.Module], object]
 """Called with the name of a decoder layer, or of a module outside, and the module, when its weights have been read."""
@@ -51,8 +56,8 @@ class Replay:
     Attributes:
         checkpoint: what the weights are read from.
         model: the transformers model, its experts in their eager implementation.
-        prefix: the name of the list of decoder layers.
-        layers: that list.
+        names, layers: the layers, in order.
+        encoders: how many of them are an encoder's, which come first.
         outside: the weights that are in no layer, by the module that holds them.
         prepare: sees, and may change, the weights of every layer and module that has been read.
     """
@@ -60,16 +65,19 @@ class Replay:
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, loader: WeightLoader) -> None:
         self.checkpoint = checkpoint
         self.model = model
-        self.prefix, self.layers = decoder_layers(checkpoint, model)
+        layers, self.encoders = all_layers(checkpoint, model)
+        self.names, self.layers = list(layers), list(layers.values())
         self.prepare: Prepare = lambda name, module: None
         self._loader = loader
         self._stack: ExitStack | None = None
         self._turn = -1
         self._visit: Visit | None = None
         self._before: Returned | None = None
+        self._encoded: Returned | None = None
         self._after: Returned | None = None
-        self.outside = units(loader.names, self.prefix)
-        self._inside = [self.outside.pop(f"{self.prefix}.{index}", []) for index in range(len(self.layers))]
+        held = units(loader.names, self.names)
+        self._inside = [held.pop(name, []) for name in self.names]
+        self.outside = held
         for path, names in self.outside.items():
             self._read_when_called(path, names)
         for index, layer in enumerate(self.layers):
@@ -82,14 +90,14 @@ class Replay:
         """Build the model and check the name and shape of every tensor against it; no weights are read yet.
 
         Args:
-            checkpoint: any unquantised decoder-only checkpoint whose architecture transformers has.
+            checkpoint: any unquantised language model whose architecture transformers has.
             dtype: what to compute in; weights are converted as they are read.
             device: where to compute.
 
         Raises:
             InputError: the architecture is not supported, or a tensor is missing, unexpected or misshapen.
         """
-        model = build(checkpoint, dtype, device, "eager")
+        model = build(checkpoint, dtype, device, "eager", two_stacks=True)
         return cls(checkpoint, model, WeightLoader(model, checkpoint, dtype, device))
 
     @property
@@ -115,37 +123,48 @@ class Replay:
         with ExitStack() as self._stack, torch.no_grad():
             self._stack.enter_context(self._loader.loaded(self._inside[index]))
             self.checkpoint.check_unchanged()
-            self.prepare(f"{self.prefix}.{index}", self.layers[index])
+            self.prepare(self.names[index], self.layers[index])
             self._turn = index
             try:
                 yield self.layers[index]
             finally:
                 self._turn, self._stack = -1, None
 
-    def run(self, token_BL: Tensor, before: Returned | None, visit: Visit = lambda run: run()) -> Returned:
-        """What the layer in turn returns for token ids [B, L].
+    def run(
+        self,
+        tokens: Tokens,
+        before: Returned | None,
+        encoded: Returned | None = None,
+        visit: Visit = lambda run: run(),
+    ) -> Returned:
+        """What the layer in turn returns for some tokens.
 
         Args:
-            before: what the layer before it returned for them; None for the first layer.
+            before: what the layer before it in its stack returned for them; None for the first.
+            encoded: what the last layer of the encoder did; for layers of a decoder that has one.
             visit: called in place of the layer.
 
         Raises:
             Left: `visit` did.
         """
         device = self.model.device
-        self._before = tree_map_only(Tensor, lambda tensor: tensor.to(device), before)
+        everything = tree_map_only(Tensor, lambda tensor: tensor.to(device), (tokens, before, encoded))
+        tokens, self._before, self._encoded = everything
         self._visit, self._after = visit, None
         try:
-            self.model.get_decoder()(input_ids=token_BL.to(device), use_cache=False)
+            if isinstance(tokens, tuple):
+                self.model(input_ids=tokens[0], decoder_input_ids=tokens[1], use_cache=False)
+            else:
+                self.model.get_decoder()(input_ids=tokens, use_cache=False)
         except Left:
             if self._after is None:
                 raise
             return self._after
         finally:
-            self._before = self._visit = self._after = None
+            self._before = self._encoded = self._visit = self._after = None
         raise AssertionError("the layer in turn was not called")
 
-    def run_watched(self, token_BL: Tensor, before: Returned | None) -> Returned:
+    def run_watched(self, tokens: Tokens, before: Returned | None, encoded: Returned | None = None) -> Returned:
         """The same, and a look at whether that is all that the layer leaves for others.
 
         Raises:
@@ -157,7 +176,7 @@ class Replay:
             with made:
                 return run()
 
-        after = self.run(token_BL, before, watched)
+        after = self.run(tokens, before, encoded, watched)
         kept = made.kept(after)
         if kept:
             raise InputError(
@@ -194,9 +213,11 @@ class Replay:
                 if isinstance(value, MutableMapping)
             }
             if index < self._turn:
-                assert self._before is not None
-                output, shared = self._before
-                if index < self._turn - 1:
+                in_encoder = index < self.encoders <= self._turn
+                before = self._encoded if in_encoder else self._before
+                assert before is not None
+                output, shared = before
+                if index + 1 < (self.encoders if in_encoder else self._turn):
                     # What comes between layers may write into it.
                     return tree_map_only(Tensor, torch.clone, output)
                 for key, entries in shared.items():
@@ -205,12 +226,24 @@ class Replay:
             assert self._visit is not None
             found = {key: dict(mapping) for key, mapping in mappings.items()}
             output = self._visit(lambda: forward(*given, **named))
-            before = self._before[1] if self._before else {}
-            shared = {key: before.get(key, {}) | _changed(found[key], mapping) for key, mapping in mappings.items()}
+            earlier = self._before[1] if self._before else {}
+            shared = {key: earlier.get(key, {}) | _changed(found[key], mapping) for key, mapping in mappings.items()}
             self._after = output, {key: entries for key, entries in shared.items() if entries}
             raise Left
 
         layer.forward = replaced
+
+
+def units(names: Sequence[str], layers: Sequence[str]) -> dict[str, list[str]]:
+    """Parameter names by the module that holds them: one of the layers, or the module they belong to."""
+    found: dict[str, list[str]] = {}
+    known = set(layers)
+    for name in names:
+        parts = name.split(".")
+        paths = (".".join(parts[:length]) for length in range(1, len(parts)))
+        owner = next((path for path in paths if path in known), name.rpartition(".")[0])
+        found.setdefault(owner, []).append(name)
+    return found
 
 
 def _changed(before: Mapping[Any, Any], after: Mapping[Any, Any]) -> dict[Any, Any]:

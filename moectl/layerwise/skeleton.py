@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError
@@ -27,15 +27,23 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
 
 
 def build(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str, implementation: str | None = None
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    implementation: str | None = None,
+    *,
+    two_stacks: bool = False,
 ) -> PreTrainedModel:
-    """The checkpoint's causal language model: parameters on the meta device, unsaved buffers on `device`.
+    """The checkpoint's language model: parameters on the meta device, unsaved buffers on `device`.
 
     Attention and experts run the way they do under `from_pretrained`: with its defaults, or with the experts
     `implementation` that is named.
 
+    Args:
+        two_stacks: an encoder-decoder will do too.
+
     Raises:
-        InputError: it is quantised, an encoder-decoder, or no causal language model of transformers.
+        InputError: it is quantised, an encoder-decoder, or no language model of transformers.
     """
     config = read_config(checkpoint)
     if is_coded(checkpoint):
@@ -43,11 +51,12 @@ def build(
         raise _unsupported(checkpoint, "has coded experts", fix)
     if getattr(config, "quantization_config", None):
         raise _unsupported(checkpoint, "is quantised", "Give the checkpoint it was made from.")
-    if config.is_encoder_decoder:
+    if config.is_encoder_decoder and not two_stacks:
         raise _unsupported(checkpoint, "is an encoder-decoder", "Give a decoder-only language model.")
     try:
         with quiet(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            model = auto.from_config(
                 config, dtype=dtype, experts_implementation=implementation, trust_remote_code=False
             )
     except Exception as error:  # the sizes in a config.json can break a constructor in any way
@@ -76,6 +85,27 @@ def decoder_layers(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[str,
         what = f"has no list of {count} decoder layers in its {type(decoder).__name__}"
         raise _unsupported(checkpoint, what, "Use it where it fits in memory whole.")
     return max(candidates, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
+
+
+def all_layers(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[dict[str, nn.Module], int]:
+    """Every layer by name, in order, an encoder's before its decoder's, and how many are an encoder's.
+
+    Raises:
+        InputError: there is no list of layers.
+    """
+    if not model.config.is_encoder_decoder:
+        prefix, layers = decoder_layers(checkpoint, model)
+        return {f"{prefix}.{index}": layer for index, layer in enumerate(layers)}, 0
+    encoder, decoder = (_largest_list(model, stack) for stack in (model.get_encoder(), model.get_decoder()))
+    return encoder | decoder, len(encoder)
+
+
+def _largest_list(model: PreTrainedModel, stack: nn.Module) -> dict[str, nn.Module]:
+    """The layers of the list in a stack that holds most of its parameters."""
+    inside = set(stack.modules())
+    lists = [(name, each) for name, each in model.named_modules() if isinstance(each, nn.ModuleList) and each in inside]
+    prefix, layers = max(lists, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
+    return {f"{prefix}.{index}": layer for index, layer in enumerate(layers)}
 
 
 def unusable(checkpoint: Checkpoint, what: str, error: Exception) -> InputError:

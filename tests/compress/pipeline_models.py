@@ -22,11 +22,11 @@ NO_LANGUAGE_MODEL = {
     *("qwen3_omni_moe_talker_text", "qwen3_vl_moe_text", "step3p5", "unlimited_ocr_text", "vitpose_backbone"),
 }
 """Parts of larger models, and models that predict no tokens."""
-TWO_STACKS = {"nllb-moe", "switch_transformers"}
+TWO_STACKS = ["nllb-moe", "switch_transformers"]
 FAMILIES = sorted(
     {each for family in experts_classes() if family != "vitpose_backbone" for each in model_types(family)}
     - NO_LANGUAGE_MODEL
-    - TWO_STACKS
+    - set(TWO_STACKS)
 )
 """Every decoder MoE family of the installed transformers that predicts tokens."""
 

@@ -128,6 +128,14 @@ def test_rows_of_nothing_and_next_to_nothing(bits: int, dtype: torch.dtype) -> N
     assert not linear.weight[3].any() and (linear.weight[4] - before[4]).abs().max() <= 1e-7
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_largest_weight_of_float16_stays_finite(bits: int) -> None:
+    linear = nn.Linear(64, 32, dtype=torch.float16)
+    linear.weight.data[0, 0], linear.weight.data[1, 5] = -65504, 65504
+    DensePart(bits).take("layers.0.x", linear)
+    assert linear.weight.isfinite().all() and (linear.weight[[0, 1], [0, 5]].abs() > 5e4).all()
+
+
 def test_eight_bits_take_half_the_bytes() -> None:
     linear = nn.Linear(2048, 256, dtype=torch.bfloat16)
     for bits, share in ((8, 8 + 16 / 2048), (4, 4 + 16 / 128)):

@@ -283,7 +283,9 @@ def test_a_row_of_one_sign_needs_one_level() -> None:
     for expert, expected in enumerate(made.weights()):
         part = f"model.layers.0.mlp.experts.{expert}.down_proj.weight_"
         numbers = unpacked(array_of(tensors[f"{part}packed"]), 2, array_of(tensors[f"{part}shape"]))
-        assert np.array_equal(numbers * array_of(tensors[f"{part}scale"]), expected)
+        scale = array_of(tensors[f"{part}scale"])
+        assert np.array_equal(numbers * scale, expected)
+        assert scale[2] == 1  # not the -0 of a level that there is not, which would make every zero one
 
 
 def test_the_config_is_one_of_compressed_tensors() -> None:

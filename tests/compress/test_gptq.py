@@ -10,6 +10,7 @@ import torch
 from moectl.compress.quantise import grid, ternary
 from moectl.compress.quantise.gptq import factor, identity, sweep
 from moectl.compress.quantise.method import method
+from moectl.errors import InputError
 
 STEP = 0.25
 DAMPING = 0.1
@@ -154,6 +155,17 @@ def test_rows_may_be_worked_on_in_parts(monkeypatch, bits):
         monkeypatch.setattr(module, "ROWS", 16)
     for key, value in chosen.quantise(weight, hessian, None).items():
         assert torch.allclose(value.float(), whole[key].float(), rtol=1e-5), key
+
+
+@pytest.mark.parametrize("bits", [None, 1.0, 4])
+def test_weights_whose_squares_leave_float32_are_refused(bits):
+    """They would all become zeros, with an error of 0."""
+    weight = problem(3, 4, 200)[0].float()
+    chosen = method(bits, dtype=torch.bfloat16)
+    chosen.quantise(weight * 1e13, None, None)
+    weight[2, 1, 3] = -1e16
+    with pytest.raises(InputError, match=r"^Matrix 2 .* a weight of 1e\+16\.$"):
+        chosen.quantise(weight, None, None)
 
 
 def test_what_is_not_finite_is_named():

@@ -100,6 +100,18 @@ def test_more_bits_and_smaller_groups_are_better_and_told():
     assert pieces[4, 128]["bits_G"].item() == pytest.approx(4 + (16 + 4) / 128)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_what_a_group_can_hold_fits_its_type(bits, symmetric):
+    """Near the end of float16 half a step more is infinite, and GPTQ uses all numbers there are."""
+    weight, moments = correlated(1, 16, 200)
+    weight = (weight * 4e6).clamp(-65504, 65504).half().float()
+    for seen in (None, moments):
+        chosen = method(bits, symmetric=symmetric, dtype=torch.float16)
+        piece = chosen.quantise(weight, seen, None)
+        assert chosen.dense(piece).isfinite().all() and piece["error_G"].item() < 0.5
+
+
 @pytest.mark.parametrize("asked", [{"group_size": 0}, {"group_size": -2}, {"damping": 0.0}, {"damping": -0.1}])
 def test_what_is_impossible_is_refused(asked):
     with pytest.raises(UsageError):

@@ -1,5 +1,7 @@
 """Ternary rows: the paper's, at the rates of its rule, and ours, at the rate that is asked for."""
 
+import re
+
 import gptq_by_hand
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from moectl.codecs.tables import QMOE
 from moectl.compress.quantise.gptq import strength
 from moectl.compress.quantise.levels import priced, usual_price
 from moectl.compress.quantise.method import method
-from moectl.compress.quantise.rate import least_bits
+from moectl.compress.quantise.rate import check_possible, least_bits
 from moectl.errors import InputError, UsageError
 
 BF16 = torch.bfloat16
@@ -50,8 +52,11 @@ def test_one_level_for_both_signs_is_the_best_one(bits):
     piece = chosen.quantise(weight, moments, None)
     low, high = piece["levels_GR2"].unbind(2)
     assert torch.equal(low, -high) and (high > 0).all()
-    damped = moments.double() + 0.1 * torch.diag_embed(torch.ones(2, 256, dtype=torch.float64)) * (
-        moments.double().diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    damped = (
+        moments.double()
+        + 0.1
+        * torch.diag_embed(torch.ones(2, 256, dtype=torch.float64))
+        * (moments.double().diagonal(dim1=1, dim2=2).mean(1)[:, None, None])
     )
 
     def lost(times: float) -> torch.Tensor:
@@ -142,12 +147,36 @@ def test_what_bits_cannot_do_is_said():
         method(0.8, dtype=BF16).quantise(weight, moments, None)
     assert "1.25 bits or more" in caught.value.fix
     method(1.25, dtype=BF16).quantise(weight, moments, None)
-    for impossible in (1.7, 5, 2.5):
+    for impossible in (5, 2.5, 0, -1):
         with pytest.raises(UsageError):
             method(impossible, dtype=BF16)
     for bits in (0.8, 4):
         with pytest.raises(UsageError):
             method(bits, compat=True, dtype=BF16)
+
+
+@pytest.mark.parametrize("width", [32, 70, 333, 2048, 6144])
+@pytest.mark.parametrize("code", ["tunstall", "qmoe"])
+def test_the_advice_about_bits_can_be_followed(width, code):
+    with pytest.raises(InputError) as caught:
+        check_possible(0.01, width, code, BF16)
+    advised = re.search(r"([\d.]+) bits or more", caught.value.fix)
+    assert (advised is None) == (width == 32)
+    if advised:
+        check_possible(float(advised[1]), width, code, BF16)
+
+
+def test_narrow_rows_may_take_more_than_three_values_need():
+    """What a row takes besides its codes is counted too."""
+    weight, moments = correlated(1, 96, 128)
+    assert method(1.8, dtype=BF16).quantise(weight, moments, None)["bits_G"].item() == pytest.approx(1.8, rel=0.02)
+
+
+def test_a_step_that_leads_away_from_the_bits_is_not_taken():
+    """Rows of very different sizes: the few that the price is found with are not like all."""
+    weight, moments = correlated(2, 200, 512, seed=512)
+    piece = method(0.9, dtype=BF16).quantise(weight * torch.logspace(-3, 1, 200)[:, None], moments, None)
+    assert torch.allclose(piece["bits_G"], torch.tensor(0.9), rtol=0.02)
 
 
 def test_no_other_choice_of_a_level_pays():

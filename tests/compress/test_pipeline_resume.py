@@ -126,6 +126,22 @@ def test_other_tokens_settings_methods_and_models_have_folders_of_their_own(sour
     assert folder_of(source, token_BL.copy(), Rounded(), SETTINGS, tmp_path) in folders
 
 
+def test_an_encoder_and_its_decoder_go_on_where_they_were(tmp_path: Path) -> None:
+    """Killed in either, and between them; what the encoder returned is kept for all layers of the decoder."""
+    source, _ = saved(tmp_path / "model", "switch_transformers")
+    ids = token_ids(4, 16), token_ids(4, 12, 1)
+
+    def both(place: Path) -> list[bytes]:
+        return [file.read_bytes() for file in run(source, ids, Rounded(), SETTINGS, place)]
+
+    expected = both(tmp_path / "whole")
+    for number in (10, 20, 30):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            killed_at(number, patch)
+            both(tmp_path / str(number))
+        assert both(tmp_path / str(number)) == expected
+
+
 def forked(work: Callable[[], Any], **environment: str) -> int:
     """The number of a process that does some work, and exits with 0 if it could."""
     number = os.fork()

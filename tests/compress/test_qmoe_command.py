@@ -39,6 +39,7 @@ from moectl.cli import qmoe as command
 from moectl.cli.main import app
 from moectl.compress import calibration, qmoe_job
 from moectl.compress.pipeline import layer as layers
+from moectl.compress.pipeline import preflight
 from moectl.errors import MachineError, MoectlError, UsageError
 from moectl.evaluation import change
 from moectl.integrations.qmoe.dense import PARTS
@@ -47,7 +48,8 @@ from moectl.integrations.qmoe.dense import PARTS
 @pytest.fixture(scope="module")
 def place() -> Iterator[Path]:
     """A model, and data of two domains."""
-    with memory() as directory:
+    with memory() as directory, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "_SPEED_SECONDS", 0.0)
         made_moe(directory / "moe")
         texts(directory / "counting.jsonl", COUNTING)
         texts(directory / "letters.jsonl", LETTERS)
@@ -141,7 +143,7 @@ def test_a_dry_run_says_what_would_be_and_leaves_nothing(json_too: bool, place: 
     assert done.exit_code == 0, done.exception
     assert names(room) == []
     if json_too:
-        assert strict(done.stdout)["schema"] == "moectl.plan/1"
+        assert strict(done.stdout)["schema"] == "moectl.compress-estimate/1"
     else:
         assert done.stdout
 
@@ -167,13 +169,32 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qmoe_job, "run", None)
 
 
+def states(out: Path) -> dict[Path, tuple[int, int]]:
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in out.iterdir()}
+
+
 def test_a_second_run_changes_nothing_and_does_nothing(place: Path, coded: Path, no_work: None) -> None:
-    before = {path: path.stat() for path in coded.iterdir()}
+    before = states(coded)
     again = run(place, coded)
     assert again.exit_code == 0 and again.stdout == f"{coded}\n" and "already complete" in again.stderr
     assert strict(run(place, coded, "--json").stdout)["already_complete"]
-    assert {path: path.stat() for path in coded.iterdir()} == before
+    assert states(coded) == before
     assert names(coded.parent) == [coded.name]
+
+
+def test_what_a_killed_run_left_is_tidied_up(place: Path, room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of this very run go, whenever it was killed; those of a run with other options are only said."""
+    assert run(place, room / "q").exit_code == 0
+    key = json.loads((room / "q" / "moectl.json").read_text())["recipe"]["key"]
+    for left in (f"q.statistics/{key}/layer-00000.safetensors", "q.statistics/lock"):
+        (room / left).parent.mkdir(parents=True, exist_ok=True)
+        (room / left).write_text("half of it")
+    assert "already complete" in run(place, room / "q").stderr
+    assert names(room) == ["q"]
+    (room / "q.statistics" / "layers-other").mkdir(parents=True)
+    done = run(place, room / "q", "--overwrite")
+    assert "q.statistics has files of other runs" in done.stderr
+    assert names(room) == ["q", "q.statistics"] and names(room / "q.statistics") == ["layers-other"]
 
 
 @pytest.mark.parametrize(

@@ -104,13 +104,14 @@ LAYERS = {
     "no tokens": Layer(tokens=0),
     "bfloat16": Layer(dtype=torch.bfloat16, bias=True),
     "half": Layer(dtype=torch.float16),
+    "float64": Layer(dtype=torch.float64, bias=True),
 }
 
 
 @pytest.mark.parametrize("rows", [0, 512], ids=["by matrices", "by rows"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_layer(name: str, rows: int, way: None) -> None:
-    with mock.patch.object(compiled, "FEW", {2: rows, 4: rows}):
+    with mock.patch.object(compiled, "FEW", {2: rows, 4: rows, 8: 0}):
         check_layer(LAYERS[name], "cpu")
 
 
@@ -123,7 +124,7 @@ def test_one_expert_at_a_time() -> None:
     """The room for decoded matrices changes nothing but how many there are at once."""
     case = Layer(bias=True, foreign=True, tokens=9)
     with (
-        mock.patch.object(ternary, "WORKSPACE", 1),
+        mock.patch.dict(ternary.WORKSPACE, cpu=1),
         mock.patch.object(compiled, "FEW", {4: 0}),
         mock.patch.object(ternary, "expert_mlp", wraps=ternary.expert_mlp) as calls,
     ):

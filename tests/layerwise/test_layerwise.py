@@ -16,8 +16,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from moectl.checkpoint.header import TensorRef
 from moectl.checkpoint.source import INDEX, SINGLE, Checkpoint
-from moectl.errors import InputError
+from moectl.errors import InputError, MachineError
+from moectl.layerwise import tensors
 from moectl.layerwise.model import LayerCall, LayerwiseModel
 from moectl.layerwise.quiet import quiet
 
@@ -288,3 +290,21 @@ def test_quiet_restores_what_it_silences() -> None:
         warnings.warn("unheard", stacklevel=1)
     after = logging.is_progress_bar_enabled(), logging.get_verbosity(), list(warnings.filters)
     assert after == (bars, verbosity, filters)
+
+
+@pytest.mark.parametrize("kind", ["experts", "embed_tokens"])
+def test_memory_that_ends_while_weights_are_read_is_the_machines_fault(
+    mixtral: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers catches every error of a conversion; this one says nothing about the checkpoint."""
+    model = opened(mixtral)
+    read = tensors.read_tensor
+
+    def full(ref: TensorRef) -> Tensor:
+        if kind in ref.name:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8.")
+        return read(ref)
+
+    monkeypatch.setattr(tensors, "read_tensor", full)
+    with pytest.raises(MachineError, match="Memory ended while weights of"):
+        model.logits(token_ids())

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline_models import FAMILIES, saved, token_ids
+from pipeline_models import FAMILIES, TWO_STACKS, saved, token_ids
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from moectl.errors import InputError
-from moectl.layerwise.replay import Replay, Returned
+from moectl.layerwise.replay import Replay, Returned, Tokens
 from moectl.layerwise.stored import read_tree, write_tree
 
 SHARED_KV = {
@@ -22,22 +22,31 @@ SHARED_KV = {
 }
 
 
-def returned(model: Any, prefix: str, token_BL: Tensor) -> list[Any]:
+def ran(model: Any, tokens: Tokens) -> None:
+    with torch.no_grad():
+        if isinstance(tokens, tuple):
+            model(input_ids=tokens[0], decoder_input_ids=tokens[1], use_cache=False)
+        else:
+            model.get_decoder()(input_ids=tokens, use_cache=False)
+
+
+def returned(model: Any, names: list[str], tokens: Tokens) -> list[Any]:
     """What each layer returns in a pass through the whole model, hidden states before anybody writes into them."""
     found: list[Any] = []
-    for layer in model.get_submodule(prefix):
+    for layer in map(model.get_submodule, names):
         layer.register_forward_hook(lambda _m, _a, output: found.append(tree_map_only(Tensor, torch.clone, output)))
-    with torch.no_grad():
-        model.get_decoder()(input_ids=token_BL, use_cache=False)
+    ran(model, tokens)
     return found
 
 
-def replayed(replay: Replay, token_BL: Tensor, path: Path) -> list[Any]:
+def replayed(replay: Replay, tokens: Tokens, path: Path) -> list[Any]:
     """The same, each layer from a file with what the layer before it returned."""
-    found, before = [], None
+    found, before, encoded = [], None, None
     for index in range(len(replay.layers)):
+        if index and index == replay.encoders:
+            before, encoded = None, before
         with replay.turn(index):
-            after: Returned = replay.run_watched(token_BL, before)
+            after: Returned = replay.run_watched(tokens, before, encoded)
         found.append(after[0])
         write_tree(path, after)
         before = read_tree(path)
@@ -52,13 +61,14 @@ def assert_same(found: list[Any], expected: list[Any]) -> None:
         assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(leaves, wanted, strict=True))
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "gemma4_text, shared keys"])
+@pytest.mark.parametrize("family", [*FAMILIES, *TWO_STACKS, "gemma4_text, shared keys"])
 def test_every_layer_of_every_family_is_that_of_the_whole_model(family: str, tmp_path: Path) -> None:
     model_type, _, shared = family.partition(", ")
     source, model = saved(tmp_path / "model", model_type, **(SHARED_KV if shared else {}))
     token_BL = torch.from_numpy(token_ids(2, 16))
+    tokens = (token_BL, torch.from_numpy(token_ids(2, 12, 1))) if model_type in TWO_STACKS else token_BL
     replay = Replay.open(source)
-    assert_same(replayed(replay, token_BL, tmp_path / "before"), returned(model, replay.prefix, token_BL))
+    assert_same(replayed(replay, tokens, tmp_path / "before"), returned(model, replay.names, tokens))
 
 
 def test_a_difference_would_show(tmp_path: Path) -> None:
@@ -66,7 +76,7 @@ def test_a_difference_would_show(tmp_path: Path) -> None:
     source, model = saved(tmp_path / "model", "mixtral")
     token_BL = torch.from_numpy(token_ids(2, 16))
     replay = Replay.open(source)
-    expected = returned(model, replay.prefix, token_BL)
+    expected = returned(model, replay.names, token_BL)
     expected[1][0, 0, 0] = torch.nextafter(expected[1][0, 0, 0], torch.tensor(torch.inf))
     with pytest.raises(AssertionError):
         assert_same(replayed(replay, token_BL, tmp_path / "before"), expected)
@@ -85,7 +95,7 @@ def test_weights_that_are_changed_as_they_are_read_are_those_that_run(tmp_path: 
 
     replay.prepare = prepare
     model.model.embed_tokens.weight.data.mul_(2)
-    assert_same(replayed(replay, token_BL, tmp_path / "before"), returned(model, replay.prefix, token_BL))
+    assert_same(replayed(replay, token_BL, tmp_path / "before"), returned(model, replay.names, token_BL))
     assert seen == [name for index in range(3) for name in (f"model.layers.{index}", "model.embed_tokens")]
 
 

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 
 BLOCKS = (1, 8, 16)
 """W: the smallest that holds an expert's rows of x, or the largest as often as it takes."""
-FEW = {2: 64, 4: 512}
-"""Up to so many rows of x an expert codewords are multiplied, by bytes of a weight: float32 has the slower products."""
+FEW = {2: 64, 4: 512, 8: 0}
+"""Up to so many rows of x an expert codewords are multiplied, by bytes of a weight: torch's products of float32 are
+slower, and float64 would not get sums of its own."""
 WORTH_A_THREAD = 1 << 16
 """Codewords; a thread takes some tens of microseconds to start, and these take it half a millisecond."""
 
@@ -82,7 +83,7 @@ def empty(experts: TernaryExperts, matrices: int) -> Tensor:
 
 def decode(experts: TernaryExperts, which: Tensor, out_ARN: Tensor) -> None:
     """The matrices of some experts; an id outside 0..E-1 leaves its matrix as it was."""
-    bits = {2: torch.int16, 4: torch.int32}[experts.dtype.itemsize]
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[experts.dtype.itemsize]
     levels, out = experts.levels_ER2.contiguous().view(bits).numpy(), out_ARN.view(bits).numpy()
     known = [(place, expert) for place, expert in enumerate(which.tolist()) if 0 <= expert < experts.experts]
     given = (*_coded(experts), levels, np.array(known, np.int64).reshape(-1, 2), out)

@@ -34,7 +34,8 @@ def few(call: Call) -> bool:
     rows, experts = tokens * top_k, call.up.experts
     distinct = experts * (1 - (1 - min(1.0, top_k / experts)) ** tokens)
     limits = tuning.ternary(target.of(call.x_TD))
-    return rows <= limits.most_rows and rows <= limits.rows_of_an_expert * distinct
+    small = rows <= limits.most_rows and rows <= limits.rows_of_an_expert * distinct
+    return small and call.up.dtype != torch.float64
 
 
 def forward(call: Call, activation: Activation) -> Tensor:
@@ -127,7 +128,12 @@ def read_phrases(codes_ptr, table_ptr, at, end, start, BLOCK_C: tl.constexpr):
     code = at[:, None] + tl.arange(0, BLOCK_C)[None, :]
     inside = code < end[:, None]
     number = tl.load(codes_ptr + code, mask=inside, other=0, eviction_policy="evict_first").to(tl.int32)
-    entry = tl.load(table_ptr + number, mask=inside, other=NO_WEIGHT, eviction_policy="evict_last")
+    # Triton lays lanes along the dimension where it takes addresses to be contiguous; where none is, before 3.9, down
+    # the rows, and then every step goes through shared memory. Hence a hint that is not true. Nothing is said of
+    # alignment, so each lane loads one entry all the same.
+    entry = tl.load(
+        table_ptr + tl.max_contiguous(number, [1, 2]), mask=inside, other=NO_WEIGHT, eviction_policy="evict_last"
+    )
     low, high = entry.to(tl.int32), (entry >> 32).to(tl.int32)
     length = low & 255
     return low, high, start[:, None] + tl.cumsum(length, axis=1) - length, start + tl.sum(length, axis=1)
@@ -140,34 +146,41 @@ def read_slot(low, high, starts, minus, plus, N: tl.constexpr, SLOT: tl.constexp
         offset = (low >> (8 * SLOT + 8)) & 255
     else:
         offset = (high >> (8 * SLOT - 24)) & 255
-    column = starts + offset
+    column = tl.max_contiguous(starts + offset, [1, 2])
     weight = tl.where((high >> (24 + SLOT)) & 1 != 0, plus[:, None], minus[:, None])
     return column, weight, (offset != 255) & (column < N)
 
 
 @triton.jit
 def row_sums(
-    x_ptrs, there, codes_ptr, offsets_ptr, levels_ptr, table_ptr, expert, r, used, stride_xn,
+    x_ptrs, codes_ptr, offsets_ptr, levels_ptr, table_ptr, expert, r, used, stride_xn,
     R: tl.constexpr, N: tl.constexpr, SLOTS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The products of some rows with the x of some tokens [BLOCK_T, BLOCK_R], in float32.
+    """The products of some rows with the x of each token, float32 [BLOCK_R].
 
     Args:
-        x_ptrs: pointers to the first x of each token [BLOCK_T, 1, 1], and which tokens are `there`.
+        x_ptrs: where the x of each of BLOCK_T tokens begins.
         r: the rows of the expert [BLOCK_R], and which of them are `used`.
     """
     codes_ptr, at, end, minus, plus = read_rows(codes_ptr, offsets_ptr, levels_ptr, expert, r, used, R)
     start = tl.zeros([BLOCK_R], tl.int32)
-    total = tl.zeros([BLOCK_T, BLOCK_R, BLOCK_C], tl.float32)
+    totals = ()
+    for _ in tl.static_range(BLOCK_T):
+        totals = totals + (tl.zeros([BLOCK_R, BLOCK_C], tl.float32),)
     for done in range(0, tl.max(end - at, axis=0), BLOCK_C):
         low, high, starts, start = read_phrases(codes_ptr, table_ptr, at + done, end, start, BLOCK_C)
         for slot in tl.static_range(SLOTS):
             column, weight, is_weight = read_slot(low, high, starts, minus, plus, N, slot)
-            mask = is_weight[None, :, :] & there
-            x = tl.load(x_ptrs + column[None, :, :] * stride_xn, mask=mask, other=0.0).to(tl.float32)
-            total += weight[None, :, :] * x
-    return tl.sum(total, axis=2)
+            grown = ()
+            for t in tl.static_range(BLOCK_T):
+                x = tl.load(x_ptrs[t] + column * stride_xn, mask=is_weight, other=0.0)
+                grown = grown + (totals[t] + weight * x.to(tl.float32),)
+            totals = grown
+    sums = ()
+    for t in tl.static_range(BLOCK_T):
+        sums = sums + (tl.sum(totals[t], axis=1),)
+    return sums
 
 
 @triton.jit
@@ -190,8 +203,7 @@ def products_kernel(
     if (expert < 0) | (expert >= E):
         tl.store(y_ptr + s.to(tl.int64) * F + f, tl.zeros([BLOCK_R], y_ptr.dtype.element_ty), mask=f < F)
         return
-    member = s + tl.arange(0, BLOCK_T)
-    there = member == s
+    members = (s,)
     if BLOCK_T > 1:
         i = tl.arange(0, ALL)
         same = tl.load(expert_ptr + i, mask=i < rows, other=-1).to(tl.int64) == expert
@@ -199,29 +211,33 @@ def products_kernel(
         before = tl.sum(tl.where(same & (i < s), 1, 0), axis=0)
         if before % BLOCK_T != 0:
             return
-        mine = same[None, :] & (count[None, :] == before + 1 + tl.arange(0, BLOCK_T)[:, None])
-        member = tl.sum(tl.where(mine, i[None, :], 0), axis=1)
-        there = tl.sum(mine.to(tl.int32), axis=1) > 0
-    x_ptrs = (x_ptr + (member // TOP_K).to(tl.int64) * stride_xs)[:, None, None]
+        for t in tl.static_range(1, BLOCK_T):
+            members = members + (tl.max(tl.where(same & (count == before + 1 + t), i, -1), axis=0),)
+    x_ptrs = ()
+    for t in tl.static_range(BLOCK_T):
+        x_ptrs = x_ptrs + (x_ptr + (tl.maximum(members[t], 0) // TOP_K).to(tl.int64) * stride_xs,)
     used = f < F
-    gate = row_sums(
-        x_ptrs, there[:, None, None], codes_ptr, offsets_ptr, levels_ptr, table_ptr, expert, f * STEP, used, stride_xn,
+    gates = row_sums(
+        x_ptrs, codes_ptr, offsets_ptr, levels_ptr, table_ptr, expert, f * STEP, used, stride_xn,
         R, N, SLOTS, BLOCK_T, BLOCK_R, BLOCK_C,
     )  # fmt: skip
-    up = gate
+    ups = gates
     if GATED:
-        up = row_sums(
-            x_ptrs, there[:, None, None], codes_ptr, offsets_ptr, levels_ptr, table_ptr, expert, f * STEP + OTHER, used,
-            stride_xn, R, N, SLOTS, BLOCK_T, BLOCK_R, BLOCK_C,
+        ups = row_sums(
+            x_ptrs, codes_ptr, offsets_ptr, levels_ptr, table_ptr, expert, f * STEP + OTHER, used, stride_xn,
+            R, N, SLOTS, BLOCK_T, BLOCK_R, BLOCK_C,
         )  # fmt: skip
+    gate_bias = tl.zeros([BLOCK_R], tl.float32)
+    up_bias = tl.zeros([BLOCK_R], tl.float32)
     if BIAS:
         bias_ptrs = bias_ptr + expert * stride_be + f * STEP * stride_br
-        gate += tl.load(bias_ptrs, mask=used, other=0.0).to(tl.float32)[None, :]
+        gate_bias = tl.load(bias_ptrs, mask=used, other=0.0).to(tl.float32)
         if GATED:
-            up += tl.load(bias_ptrs + OTHER * stride_br, mask=used, other=0.0).to(tl.float32)[None, :]
-    y = activate(gate, up, KIND, GATED, LIMIT, ALPHA, OFFSET)
-    y_ptrs = y_ptr + member.to(tl.int64)[:, None] * F + f[None, :]
-    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=there[:, None] & used[None, :])
+            up_bias = tl.load(bias_ptrs + OTHER * stride_br, mask=used, other=0.0).to(tl.float32)
+    for t in tl.static_range(BLOCK_T):
+        y = activate(gates[t] + gate_bias, ups[t] + up_bias, KIND, GATED, LIMIT, ALPHA, OFFSET)
+        y_ptrs = y_ptr + members[t].to(tl.int64) * F + f
+        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=f < tl.where(members[t] >= 0, F, 0))
 
 
 @triton.jit

@@ -30,7 +30,7 @@ def require_finite(replay: Replay, weight_GRN: Tensor, names: Sequence[str]) -> 
 
 def overflow(replay: Replay, index: int) -> InputError:
     """The error for activations that are not finite: the first tensor up to that layer that explains it, or none."""
-    layers = [f"{replay.prefix}.{number}." for number in range(index + 1)]
+    layers = [f"{name}." for name in replay.names[: index + 1]]
     outside = [name for names in replay.outside.values() for name in names]
     inside = [name for prefix in layers for name in replay.sources if name.startswith(prefix)]
     ref = _first(replay, [*inside, *outside])

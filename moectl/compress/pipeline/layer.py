@@ -3,8 +3,6 @@
 Everything that passes from one step to the next lies in files of a folder: a step that was interrupted goes on after
 the last file that is whole, and several processes share the folder and the work. Which process did what does not show
 in any file.
-
-Legend: B sequences, L tokens each.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from moectl.compress.pipeline.finite import overflow
 from moectl.compress.pipeline.ranks import Ranks
 from moectl.compress.pipeline.settings import Settings
 from moectl.compress.pipeline.stacks import candidates, experts_modules, is_direct
-from moectl.layerwise.replay import Replay, Returned
+from moectl.layerwise.replay import Replay, Returned, Tokens
 from moectl.layerwise.stored import read_tree, write_tree
 
 if TYPE_CHECKING:
@@ -35,16 +33,18 @@ class LayerWork:
     Attributes:
         replay: the model; the layer's weights are in memory.
         index: the layer's number.
-        batches: token ids of the micro-batches, [B, L] each.
-        before: the folder with what the layer before returned; None for the first.
+        batches: token ids of the micro-batches.
+        before: the folder with what the layer before it in its stack returned; None for the first.
+        encoded: that of the last layer of the encoder; for layers of a decoder that has one.
         folder: for what is seen, decided and returned here.
         advance: told which part of the layer is done.
     """
 
     replay: Replay
     index: int
-    batches: Sequence[Tensor]
+    batches: Sequence[Tokens]
     before: Path | None
+    encoded: Path | None
     folder: Path
     method: Method
     settings: Settings
@@ -54,7 +54,7 @@ class LayerWork:
     @property
     def name(self) -> str:
         """The layer's, in memory."""
-        return f"{self.replay.prefix}.{self.index}"
+        return self.replay.names[self.index]
 
     @cached_property
     def parameters(self) -> dict[str, Tensor]:
@@ -67,13 +67,16 @@ class LayerWork:
         modules = list(experts_modules(self.replay.layers[self.index]).values())
         return modules[0] if is_direct(modules) else None
 
-    def given(self, number: int) -> Returned | None:
-        """What the layer before returned of a micro-batch."""
-        return None if self.before is None else read_tree(left_file(self.before, number))
+    def run(self, number: int, *, watched: bool = False) -> Returned:
+        """What the layer makes of a micro-batch.
 
-    def run(self, number: int) -> Returned:
-        """What the layer makes of a micro-batch."""
-        return self.replay.run(self.batches[number], self.given(number))
+        Args:
+            watched: look whether that is all it leaves for later layers.
+        """
+        folders = (self.before, self.encoded)
+        before, encoded = (None if each is None else read_tree(left_file(each, number)) for each in folders)
+        run = self.replay.run_watched if watched else self.replay.run
+        return run(self.batches[number], before, encoded)
 
     def leave(self) -> None:
         """Run the layer as it is now, and store what it returns of every micro-batch.
@@ -85,8 +88,7 @@ class LayerWork:
         for number in mine:
             path = left_file(self.folder, number)
             if not path.exists():
-                run = self.replay.run_watched if number == mine.start else self.replay.run
-                after = run(self.batches[number], self.given(number))
+                after = self.run(number, watched=number == mine.start)
                 if not _hidden_states(after).isfinite().all():
                     raise overflow(self.replay, self.index)
                 write_tree(path, after)

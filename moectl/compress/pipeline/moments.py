@@ -127,6 +127,11 @@ def _rows(
 
 def show(experts: nn.Module, x_SD: Tensor, expert_S: Tensor) -> None:
     """Give rows [S, D] to one expert each: the module itself, called as for a single expert per token."""
+    if isinstance(experts, nn.ModuleDict):  # Switch
+        for number, expert in enumerate(experts.values()):
+            if (expert_S == number).any():
+                expert(x_SD[expert_S == number])
+        return
     times = _PER_TOKEN.get(type(experts).__name__, 1)
     index_SK = expert_S[:, None].expand(-1, times)
     experts(x_SD, index_SK, torch.ones_like(index_SK, dtype=x_SD.dtype))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from moectl.compress.pipeline.finite import overflow
 from moectl.compress.pipeline.layer import LayerWork
@@ -23,6 +24,9 @@ from moectl.layerwise.experts import choice
 from moectl.layerwise.replay import Left
 from moectl.layerwise.stored import read_tree, write_tree
 from moectl.text import escape
+
+_CHOSEN = ""
+"""In the place of a parameter's name: rows by expert, where a choice says so."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,9 @@ def observe(work: LayerWork) -> Observed:
     seen: dict[str, Seen] = {}
     tokens: dict[str, Tensor] = {}
     for number in range(len(work.batches)):
-        for name, (outputs, inputs, transposed, counts) in read_tree(work.file("seen", number)).items():
-            seen[name] = Seen(outputs, inputs, transposed)
-            tokens[name] = tokens.get(name, 0) + counts
+        how, counts = read_tree(work.file("seen", number))
+        seen |= {name: Seen(*each) for name, each in how.items()}
+        tokens |= {name: tokens.get(name, 0) + each for name, each in counts.items()}
     stacks = stacks_of(work.parameters, seen)
     if not stacks:
         raise InputError(
@@ -75,51 +79,52 @@ def observe(work: LayerWork) -> Observed:
             "What they are given cannot be seen, so there is nothing to quantise them by.",
             "Report it: its family needs support of its own.",
         )
-    none = torch.zeros(1, dtype=torch.int64)
-    of_stacks = [torch.cat([tokens.get(name, none) for name in stack.names]) for stack in stacks]
-    if work.experts is not None:  # choices beyond the last expert of a stack are of some that compute nothing
-        least = min(stack.experts for stack in stacks)
-        for counts in of_stacks:
-            counts[least:] = 0
-    return Observed(stacks, of_stacks)
+    if work.experts is None:
+        none = torch.zeros(1, dtype=torch.int64)
+        return Observed(stacks, [torch.cat([tokens.get(name, none) for name in stack.names]) for stack in stacks])
+    least = min(stack.experts for stack in stacks)  # experts beyond those compute nothing
+    chosen_E = tokens[_CHOSEN][:least]
+    return Observed(stacks, [functional.pad(chosen_E, (0, stack.experts - least)) for stack in stacks])
 
 
 def all_given(work: LayerWork) -> Iterator[Given]:
     """What the experts were given, micro-batch by micro-batch."""
     for number in range(len(work.batches)):
-        if read_tree(work.file("seen", number)):  # else they were not called
+        if read_tree(work.file("seen", number))[1]:  # else they were not called
             found = read_tree(work.file("given", number))
             x_TD, index_TK, weight_TK = (part.to(work.settings.device) for part in found)
             yield x_TD, index_TK, weight_TK
 
 
-def _observe(work: LayerWork, number: int) -> Mapping[str, Any]:
-    """Of the parameters that a micro-batch is multiplied with: R, N, whether transposed, and rows of each matrix."""
-    found: dict[str, tuple[int, int, bool, Tensor]] = {}
+def _observe(work: LayerWork, number: int) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
+    """How the parameters that a micro-batch is multiplied with hold R x N matrices, and with how many rows each is."""
+    how: dict[str, tuple[int, int, bool]] = {}
+    counts: dict[str, Tensor] = {}
 
     def see(product: Product) -> None:
         outputs, inputs = product.outputs, product.x_SN.shape[-1]
+        how[product.name] = outputs, inputs, product.transposed
         none = torch.zeros(work.parameters[product.name].numel() // (outputs * inputs), dtype=torch.int64)
-        counts = found.setdefault(product.name, (outputs, inputs, product.transposed, none))[3]
-        counts[product.number] += int((product.x_SN != 0).any(-1).sum())
+        counts.setdefault(product.name, none)[product.number] += int((product.x_SN != 0).any(-1).sum())
 
     if work.experts is None:
         with Watch(work.parameters, see):
             work.run(number)
-        return found
+        return how, counts
     given = _given(work, work.experts, number)
     if given is None:
-        return {}
+        return {}, {}
     x_TD, index_TK, weight_TK = given
     with Watch(work.parameters, see):
         show(work.experts, torch.zeros_like(x_TD[:1]), torch.zeros_like(index_TK[:1, 0]))
-    for *_, counts in found.values():
-        there_TK = (index_TK >= 0) & (index_TK < len(counts)) & (weight_TK != 0)
-        sent_TE = torch.zeros(len(index_TK), len(counts) + 1, dtype=torch.bool, device=index_TK.device)
-        sent_TE.scatter_(1, torch.where(there_TK, index_TK, len(counts)), True)
-        counts.copy_(sent_TE[:, :-1].sum(0))
+    experts = max(
+        stack.experts for stack in stacks_of(work.parameters, {name: Seen(*each) for name, each in how.items()})
+    )
+    there_TK = (index_TK >= 0) & (index_TK < experts) & (weight_TK != 0)
+    sent_TE = torch.zeros(len(index_TK), experts + 1, dtype=torch.bool, device=index_TK.device)
+    sent_TE.scatter_(1, torch.where(there_TK, index_TK, experts), True)
     write_tree(work.file("given", number), given)
-    return found
+    return how, {_CHOSEN: sent_TE[:, :-1].sum(0)}
 
 
 def _given(work: LayerWork, experts: nn.Module, number: int) -> Given | None:
@@ -127,7 +132,11 @@ def _given(work: LayerWork, experts: nn.Module, number: int) -> Given | None:
     found: list[Given] = []
 
     def note(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        found.append(choice(module, given, named))
+        x_TD, index_TK, weight_TK = choice(module, given, named)
+        if isinstance(module, nn.ModuleDict):  # Switch says it by a row with a 1, or none where the expert was full
+            there_TK, index_TK = index_TK.max(-1, keepdim=True)
+            index_TK = index_TK.masked_fill(there_TK == 0, -1)
+        found.append((x_TD, index_TK, weight_TK))
         raise Left
 
     hook = experts.register_forward_pre_hook(note, with_kwargs=True)

@@ -11,29 +11,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from moectl.checkpoint.fs import free_bytes
 from moectl.checkpoint.source import Checkpoint
-from moectl.compress.pipeline.settings import Settings
+from moectl.compress.pipeline.settings import Ids, Settings
 from moectl.compress.pipeline.stacks import candidates, experts_modules, is_direct
 from moectl.errors import MachineError
 from moectl.families.components import experts_and_top_k
 from moectl.layerwise.memory import available_memory, resident
-from moectl.layerwise.skeleton import build, decoder_layers
+from moectl.layerwise.skeleton import all_layers, build
 from moectl.text import escape
 
 if TYPE_CHECKING:
     from moectl.compress.quantise.method import Method
 
 LOADING = 1.3
-"""Memory of a layer while it is read, as a multiple of its size (measured by benchmarks/compress.py)."""
-_COPIES = 6
+"""Memory of a layer while it is read, as a multiple of its size: 32 experts of 6 MB, float32 from bfloat16."""
+_COPIES = 12
 """Copies of a batch's weights that GPTQ works on."""
 _BASE = 600 << 20
 """What torch and transformers take, if nothing says what they do."""
+_RUNNING = 64 << 20
+"""What they take on top once a model has run and a matrix has been quantised (benchmarks/compress.py)."""
+_SLOWER = 3.0
+"""CPU seconds of a run over those of products of matrices with as many operations (ibid.)."""
 _SPEED_SECONDS = 0.2
 
 
@@ -78,18 +81,18 @@ class _Layer:
     direct: bool
 
 
-def estimate(checkpoint: Checkpoint, tokens_BL: np.ndarray, method: Method, settings: Settings) -> Estimate:
+def estimate(checkpoint: Checkpoint, tokens_BL: Ids, method: Method, settings: Settings) -> Estimate:
     """What `run` with the same arguments will take. Reads no weights.
 
     Raises:
         InputError: the model cannot be run layer by layer.
     """
-    model = build(checkpoint, torch.float32, "meta")
-    prefix, modules = decoder_layers(checkpoint, model)
+    model = build(checkpoint, torch.float32, "meta", two_stacks=True)
     width = model.config.get_text_config(decoder=True).hidden_size
-    layers = [_layer(f"{prefix}.{index}", module, width) for index, module in enumerate(modules)]
+    layers = [_layer(name, module, width) for name, module in all_layers(checkpoint, model)[0].items()]
     top_k = experts_and_top_k(checkpoint.config)[1] or 1
-    tokens = tokens_BL.size
+    parts = tokens_BL if isinstance(tokens_BL, tuple) else (tokens_BL,)
+    tokens, length = max(part.size for part in parts), max(part.shape[1] for part in parts)
     inputs = {matrix.inputs for layer in layers for matrix in layer.matrices}
     rates = {each: _bits(method, each) for each in inputs}
     matrices = [matrix for layer in layers for matrix in layer.matrices]
@@ -101,11 +104,11 @@ def estimate(checkpoint: Checkpoint, tokens_BL: np.ndarray, method: Method, sett
     outside = sum(parameter.numel() for parameter in model.parameters()) - sum(layer.numbers for layer in layers)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     return Estimate(
-        memory=max(_memory(layer, outside, tokens_BL.shape[1], width, settings) for layer in layers),
+        memory=max(_memory(layer, outside, length, width, settings) for layer in layers),
         scratch=max(_scratch(layer, tokens, width, top_k, settings) for layer in layers),
         output=int(output),
         flops=flops,
-        seconds=flops / _speed(settings) / ranks,
+        seconds=_SLOWER * flops / _speed(settings) / ranks,
         bits=8 * sum(matrix.numbers * rates[matrix.inputs] / 8 for matrix in matrices) / max(1, experts),
         experts=experts,
     )
@@ -140,7 +143,8 @@ def require(found: Estimate, settings: Settings, folder: Path) -> None:
 
 def _layer(name: str, module: nn.Module, width: int) -> _Layer:
     numbers = sum(parameter.numel() for parameter in module.parameters())
-    found = [_matrix(each, parameter, width) for each, parameter in candidates(name, module).items()]
+    matrices = {key: value for key, value in candidates(name, module).items() if not key.endswith("bias")}
+    found = [_matrix(key, parameter, width) for key, parameter in matrices.items()]
     return _Layer(numbers, found, is_direct(list(experts_modules(module).values())))
 
 
@@ -172,6 +176,7 @@ def _memory(layer: _Layer, outside: int, length: int, width: int, settings: Sett
     loaded = item * layer.numbers
     return int(
         (resident("VmRSS") or _BASE)
+        + _RUNNING
         + item * outside
         + max(LOADING * loaded, loaded + max(hessians + work, codes, activations))
     )

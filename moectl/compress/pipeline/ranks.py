@@ -6,10 +6,15 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
+import torch
 from torch import distributed
 
 from moectl.errors import MachineError
+
+_PATIENCE = timedelta(days=30)
+"""One process may wait for another's experts for hours; when that one ends, the others notice at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,13 @@ class Ranks:
                 mine.append(place)
         return sorted(mine)
 
+    def device(self, device: torch.device | str) -> torch.device:
+        """Where this process computes: each has a GPU of its own."""
+        device = torch.device(device)
+        if device.type != "cuda" or self.size == 1:
+            return device
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
     def wait(self) -> None:
         """Return when all processes are here.
 
@@ -57,7 +69,7 @@ def ranks() -> Iterator[Ranks]:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     started = size > 1 and not distributed.is_initialized()
     if started:
-        distributed.init_process_group("gloo")
+        distributed.init_process_group("gloo", timeout=_PATIENCE)
     try:
         yield Ranks(int(os.environ.get("RANK", "0")), size)
     finally:

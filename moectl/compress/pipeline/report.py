@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,8 @@ def matrix_reports(
 
 def to_metadata(report: LayerReport) -> dict[str, str]:
     """The metadata of a layer file; how long it took is not in it, so that the file does not depend on that."""
-    columns = {key: [asdict(matrix)[key] for matrix in report.matrices] for key in MatrixReport.__dataclass_fields__}
+    keys = [field.name for field in fields(MatrixReport)]
+    columns = {key: [getattr(matrix, key) for matrix in report.matrices] for key in keys}
     return {"report": json.dumps({"index": report.index, "name": report.name, "matrices": columns}, allow_nan=False)}
 
 

@@ -13,29 +13,29 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from safetensors.numpy import save
 from torch import Tensor, nn
 
 from moectl.checkpoint.kept import identity
 from moectl.checkpoint.source import Checkpoint
+from moectl.compress.calibration import tokens_identity
 from moectl.compress.pipeline.finite import require_finite
 from moectl.compress.pipeline.layer import LayerWork, left_file
 from moectl.compress.pipeline.quantise import quantise
 from moectl.compress.pipeline.ranks import Ranks, ranks
 from moectl.compress.pipeline.report import LayerReport, note_file, to_metadata
-from moectl.compress.pipeline.settings import Settings
+from moectl.compress.pipeline.settings import Ids, Settings
 from moectl.compress.pipeline.stacks import candidates
 from moectl.compress.quantise.piece import to_numpy
 from moectl.errors import InputError
 from moectl.layerwise.malloc import give_back_large
-from moectl.layerwise.replay import Replay
+from moectl.layerwise.replay import Replay, Tokens
 from moectl.layerwise.stored import write_whole
 from moectl.layerwise.whole import check_ids
 from moectl.text import escape
@@ -51,7 +51,7 @@ _REST = "rest.safetensors"
 
 def run(
     checkpoint: Checkpoint,
-    tokens_BL: np.ndarray,
+    tokens_BL: Ids,
     method: Method,
     settings: Settings,
     place: Path,
@@ -61,7 +61,7 @@ def run(
     """The layer files, in order, and that of what lies outside the layers.
 
     Args:
-        tokens_BL: token ids to calibrate on.
+        tokens_BL: token ids to calibrate on; for an encoder-decoder those of sources and those of their targets.
         place: where a folder for this run is made, or found and gone on with.
         say: told what takes time.
         advance: told which part of the whole is done, from 0 to 1.
@@ -71,6 +71,7 @@ def run(
     """
     give_back_large()
     with ranks() as here:
+        settings = replace(settings, device=here.device(settings.device))
         replay = Replay.open(checkpoint, settings.dtype, settings.device)
         _check(replay, tokens_BL)
         folder = folder_of(checkpoint, tokens_BL, method, settings, place)
@@ -97,7 +98,7 @@ class _Job:
     method: Method
     settings: Settings
     ranks: Ranks
-    batches: list[Tensor]
+    batches: list[Tokens]
 
     @property
     def files(self) -> list[Path]:
@@ -116,22 +117,33 @@ class _Job:
         done = next((index for index, file in enumerate(self.files) if not _is_whole(file)), len(self.files))
         if done == len(self.files):
             return done
-        while done and not all(left_file(self._scratch(done - 1), n).exists() for n in range(len(self.batches))):
+        while done and not self._can_start(done):
             done -= 1
         return done
+
+    def _can_start(self, index: int) -> bool:
+        """Whether what the layers before returned is there, as far as a layer needs it."""
+        folders = {self._scratch(index - 1), self.encoded if index >= self.replay.encoders else None} - {None}
+        return all(left_file(each, n).exists() for each in folders if each for n in range(len(self.batches)))
 
     def work(self, index: int, advance: Advance) -> LayerWork:
         return LayerWork(
             replay=self.replay,
             index=index,
             batches=self.batches,
-            before=self._scratch(index - 1) if index else None,
+            before=None if index in (0, self.replay.encoders) else self._scratch(index - 1),
+            encoded=self.encoded if self.encoded is not None and index >= self.replay.encoders else None,
             folder=self._scratch(index),
             method=self.method,
             settings=self.settings,
             ranks=self.ranks,
             advance=advance,
         )
+
+    @property
+    def encoded(self) -> Path | None:
+        """The folder of the encoder's last layer, if there is one."""
+        return self._scratch(self.replay.encoders - 1) if self.replay.encoders else None
 
     def _scratch(self, index: int) -> Path:
         return self.scratch / f"{index:05d}"
@@ -148,7 +160,7 @@ def _layer(job: _Job, index: int, advance: Advance) -> None:
         work.leave()
     if job.ranks.rank == 0:
         _write(job.files[index], tensors, LayerReport(index, work.name, tuple(matrices), time.monotonic() - started))
-        if work.before is not None:
+        if work.before is not None and work.before != job.encoded:
             shutil.rmtree(work.before)
         work.clear()
     job.ranks.wait()
@@ -191,19 +203,23 @@ def _rounded(job: _Job) -> Iterator[dict[str, dict[str, Any]]]:
     yield taken
 
 
-def _micro_batches(tokens_BL: np.ndarray, settings: Settings) -> list[Tensor]:
-    return list(torch.from_numpy(tokens_BL).split(settings.sequences(tokens_BL.shape[1])))
+def _micro_batches(tokens_BL: Ids, settings: Settings) -> list[Tokens]:
+    parts = tokens_BL if isinstance(tokens_BL, tuple) else (tokens_BL,)
+    size = settings.sequences(max(part.shape[1] for part in parts))
+    split = list(zip(*(torch.from_numpy(part).split(size) for part in parts), strict=True))
+    return [(batch[0], batch[1]) if len(batch) == 2 else batch[0] for batch in split]
 
 
-def _check(replay: Replay, tokens_BL: np.ndarray) -> None:
+def _check(replay: Replay, tokens_BL: Ids) -> None:
     """Refuse a model without experts to quantise, and ids that are none of its."""
-    if not any(candidates(replay.prefix, layer) for layer in replay.layers):
+    if not any(candidates(name, layer) for name, layer in zip(replay.names, replay.layers, strict=True)):
         raise InputError(
             f"{escape(replay.checkpoint.name)} has no experts whose matrices can be quantised.",
             "It is dense, or its experts are no matrices that a module of experts holds.",
             "Give a Mixture-of-Experts model.",
         )
-    check_ids(replay.checkpoint, replay.model, tokens_BL)
+    for ids_BL in tokens_BL if isinstance(tokens_BL, tuple) else (tokens_BL,):
+        check_ids(replay.checkpoint, replay.model, ids_BL)
 
 
 def is_finished(folder: Path) -> bool:
@@ -217,11 +233,11 @@ def discard(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def folder_of(checkpoint: Checkpoint, tokens_BL: np.ndarray, method: Method, settings: Settings, place: Path) -> Path:
+def folder_of(checkpoint: Checkpoint, tokens_BL: Ids, method: Method, settings: Settings, place: Path) -> Path:
     """The folder of a run: its name follows from all that decides the files in it."""
     decides = {
         **identity(checkpoint),
-        "tokens": [list(tokens_BL.shape), hashlib.sha256(tokens_BL.astype("<i8").tobytes()).hexdigest()],
+        "tokens": [tokens_identity(part) for part in (tokens_BL if isinstance(tokens_BL, tuple) else (tokens_BL,))],
         "settings": settings.to_json(),
         "method": method.to_json(),
         "versions": {name: version(name) for name in ("torch", "transformers")},

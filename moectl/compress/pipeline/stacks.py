@@ -76,8 +76,11 @@ def experts_modules(layer: nn.Module) -> dict[str, nn.Module]:
 
 
 def is_direct(modules: Sequence[nn.Module]) -> bool:
-    """Whether one module holds all experts, and computes any of them for any rows that it is told."""
-    return len(modules) == 1 and takes_choice(modules[0]) and not isinstance(modules[0], (nn.ModuleDict, nn.ModuleList))
+    """Whether one module holds all experts, and computes any of them for any rows that it is told.
+
+    NLLB-MoE does not compute the experts that it is told (transformers 5.23), so it can only be watched.
+    """
+    return len(modules) == 1 and takes_choice(modules[0]) and type(modules[0]).__name__ != "NllbMoeExperts"
 
 
 def candidates(layer_name: str, layer: nn.Module) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ square. That is one factorisation instead of two and an inverse, and asks less o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -129,18 +129,25 @@ def sweep(weight_GNR: Tensor, factored: Factor, to_value: ToValue) -> tuple[Tens
     """
     target_GNR, rounded_GNR, lost_GNR = weight_GNR.clone(), torch.empty_like(weight_GNR), torch.empty_like(weight_GNR)
 
-    def columns(start: int, stop: int) -> None:
-        """Round columns start to stop, where all before them have been made good for."""
-        if stop - start == 1:
+    for start, middle, stop in _halves(0, weight_GNR.shape[1]):
+        if start == middle:
             rounded_GNR[:, start] = to_value(target_GNR[:, start], start)
             torch.sub(weight_GNR[:, start], rounded_GNR[:, start], out=lost_GNR[:, start])
-            return
-        middle = start + (1 << (stop - start - 1).bit_length() - 1)
-        columns(start, middle)
-        if factored.feedback_GNN is not None:
+        elif factored.feedback_GNN is not None:
             feedback = factored.feedback_GNN[:, start:middle, middle:stop].mT
             target_GNR[:, middle:stop].baddbmm_(feedback, lost_GNR[:, start:middle])
-        columns(middle, stop)
-
-    columns(0, weight_GNR.shape[1])
     return rounded_GNR, target_GNR.sub_(rounded_GNR)
+
+
+def _halves(start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """A column to round, (j, j, j + 1), or a half before `middle` to be made good for in that after it, in order.
+
+    A function outside: one that called itself from inside would keep the matrices until garbage is collected.
+    """
+    if stop - start == 1:
+        yield start, start, stop
+        return
+    middle = start + (1 << (stop - start - 1).bit_length() - 1)
+    yield from _halves(start, middle)
+    yield start, middle, stop
+    yield from _halves(middle, stop)

@@ -13,8 +13,6 @@ from moectl.compress.quantise.piece import Piece
 from moectl.compress.quantise.ternary import Ternary
 from moectl.errors import UsageError
 
-MOST_TERNARY = 1.6
-
 
 class Method(Protocol):
     """How a batch of G matrices of R rows (outputs) and N columns (inputs) is quantised and stored."""
@@ -30,7 +28,7 @@ class Method(Protocol):
 
         Raises:
             ValueError: a weight or a Hessian is not finite: the matrix is named by its index in the batch.
-            InputError: the bits cannot be met with matrices of this width.
+            InputError: a weight is beyond `piece.LARGEST`, or the bits cannot be met with matrices of this width.
         """
         ...
 
@@ -67,8 +65,8 @@ def method(
     """The quantiser for so many bits.
 
     Args:
-        bits: of a weight, all counted, below 2: ternary; None: ternary with the paper's thresholds, at whatever that
-            takes. 2, 3 or 4: a uniform grid.
+        bits: of a weight, all counted, below 2: ternary, fewer where more do not help; None: ternary with the
+            paper's thresholds, at whatever that takes. 2, 3 or 4: a uniform grid.
         compat: levels and thresholds of QMoE (arXiv 2310.16795), ternary only.
         group_size: weights that share a scale, -1 for a whole row; uniform grids only.
         symmetric: uniform grids without zero points, ternary rows with one level for both signs.
@@ -85,12 +83,6 @@ def method(
         if compat and bits is not None:
             raise UsageError(
                 "The paper's ternary grid takes the bits it takes.", fix="Leave out --bits or --qmoe-compat."
-            )
-        if bits is not None and bits > MOST_TERNARY:
-            raise UsageError(
-                f"Ternary weights never take {bits:g} bits.",
-                "A weight that is one of three values has 1.58 bits at most, whatever they are.",
-                f"Use {MOST_TERNARY:g} or less, or 2, 3 or 4 bits.",
             )
         return Ternary(bits=bits, compat=compat, symmetric=symmetric, code=code, dtype=dtype, damping=damping)
     if bits not in (2, 3, 4):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moectl.compress.quantise.gptq import Factor
+from moectl.errors import InputError
 
 Piece = dict[str, Tensor]
 """Quantised matrices. The first dimension of every tensor is G, so pieces are put together key by key. All have
@@ -27,17 +28,30 @@ ROWS = 1024
 """Rows of all matrices that are worked on at once: they are independent, and what is in memory for each is much."""
 
 
+LARGEST = 1e15
+"""Squares of larger weights, added up, leave float32: all would become zeros, and the error be told as 0."""
+
+
 def check_finite(weight_GRN: Tensor, hessian_GNN: Tensor | None) -> None:
     """Refuse what cannot be quantised.
 
     Raises:
         ValueError: a weight or a Hessian is not finite: the matrix is named by its index in the batch.
+        InputError: a weight is beyond `LARGEST`, as named.
     """
     for what, tensor in (("a weight", weight_GRN), ("a second moment of the inputs", hessian_GNN)):
         if tensor is not None:
             for index, matrix in enumerate(tensor):
                 if not matrix.sum().isfinite() and not matrix.isfinite().all():
                     raise ValueError(f"{what} of matrix {index} is not finite")
+    for index, matrix in enumerate(weight_GRN):
+        largest = max(map(abs, torch.stack(matrix.aminmax()).tolist()))
+        if largest > LARGEST:
+            raise InputError(
+                f"Matrix {index} of those that are quantised together has a weight of {largest:.3g}.",
+                f"Beyond {LARGEST:g} errors cannot be calculated, and no model that was trained has such weights.",
+                "Mend the weights.",
+            )
 
 
 def energy(factored: Factor, through_GNR: Tensor, weight_GNR: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ G matrices, R rows, N columns.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def check_possible(target: float, width: int, code: str, dtype: torch.dtype) -> 
         raise InputError(
             f"Matrices with rows of {width} weights cannot have {target:g} bits a weight.",
             f"Each row takes {row_bits(dtype)} bits besides its weights, and a codeword has {CODE_BITS}.",
-            f"Ask for {least:.2f} bits or more.",
+            f"Ask for {ceil(100 * least) / 100:.2f} bits or more." if least < 1.9 else "Ask for 2, 3 or 4 bits.",
         )
 
 
@@ -111,7 +112,13 @@ def meet(
         log_G, rate_G = next_G, next_rate_G
     found = whole(log_G.exp())
     again_G = _step(log_G, found["bits_G"], slope_G, target, ENOUGH)
-    return found if torch.equal(again_G, log_G) else whole(again_G.exp())
+    if torch.equal(again_G, log_G):
+        return found
+    other = whole(again_G.exp())
+    closer_G = (other["bits_G"] - target).abs() < (found["bits_G"] - target).abs()
+    return {
+        key: torch.where(closer_G.view(-1, *[1] * (each.ndim - 1)), other[key], each) for key, each in found.items()
+    }
 
 
 def _guess(target: float) -> float:

@@ -67,9 +67,10 @@ def _fitted(
     def attempt(shrink_RS: Tensor | float, point_RS: Tensor) -> tuple[Tensor, ...]:
         scale_RS = (range_RS * shrink_RS / top).to(dtype).to(range_RS.dtype)
         scale_RS = torch.where(scale_RS > 0, scale_RS, 1)
+        held_RS = (scale_RS * torch.maximum(point_RS, top - point_RS)).to(dtype).isfinite()  # the ends, in float16
         scale_RS1, point_RS1 = scale_RS[..., None], point_RS[..., None]
         off_RSB = number(weight_RSB, scale_RS1, point_RS1, bits).sub_(point_RS1).mul_(scale_RS1).sub_(weight_RSB)
-        loss_RS = torch.einsum("rsb,sb->rs", off_RSB.square_(), strength_SB)
+        loss_RS = torch.einsum("rsb,sb->rs", off_RSB.square_(), strength_SB).where(held_RS, torch.inf)
         return loss_RS, torch.as_tensor(shrink_RS).expand_as(loss_RS), scale_RS, point_RS
 
     best = attempt(COARSE[0], points[0])

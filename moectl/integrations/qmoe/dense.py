@@ -143,7 +143,9 @@ class _Packed(nn.Module):
         return self._unpacked(self.weight_packed, self.weight_scale)
 
     def _unpacked(self, packed: Tensor, scale: Tensor) -> Tensor:
-        return decode(packed, scale, _width(self)).to(self._like.dtype)
+        weight: Any = decode(packed, scale, _width(self)).to(self._like.dtype)
+        weight._is_hf_initialized = True  # what initialises buffers beside it leaves it alone
+        return weight
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """What is stored is not trained, whoever sets it."""
@@ -205,7 +207,8 @@ def _hold(model: nn.Module, path: str, origin: str, stored: Mapping[str, Tensor]
     if isinstance(module, nn.Embedding):  # it speaks of rows of the whole table, and matters for gradients alone
         module.__dict__["_padding_idx"], module.padding_idx = module.padding_idx, None
     module.__class__ = _packed(module.__class__)
-    module._is_hf_initialized = True  # or transformers would unpack it to fill it with random numbers
+    # transformers would unpack it to fill it with random numbers, but has to compute buffers that are not stored.
+    module._is_hf_initialized = module._non_persistent_buffers_set == {"_like"}
 
 
 def _retie(model: nn.Module, change: Callable[[str, str, str], dict[str, str]]) -> None:

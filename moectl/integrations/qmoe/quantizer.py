@@ -39,7 +39,8 @@ class QmoeConfig(QuantizationConfigMixin):
     def __init__(self, dequantize: bool = False, **said: Any) -> None:
         self.dequantize = dequantize
         for name, value in {**said, "quant_method": CODED}.items():
-            setattr(self, name, value)
+            if not hasattr(type(self), name):  # a file may say anything, and must not replace a method
+                setattr(self, name, value)
 
     def to_dict(self) -> dict[str, Any]:
         """What goes into config.json."""

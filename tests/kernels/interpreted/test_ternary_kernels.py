@@ -106,7 +106,7 @@ def test_gradients() -> None:
 
 def test_one_expert_at_a_time() -> None:
     choice = tuning.Ternary(lanes=1024, rows_of_an_expert=0)
-    with mock.patch.dict(tuning.TERNARY, interpreter=choice), mock.patch.object(ternary, "WORKSPACE", 1):
+    with mock.patch.dict(tuning.TERNARY, interpreter=choice), mock.patch.dict(ternary.WORKSPACE, cpu=1):
         check_layer(replace(TINY, bias=True, foreign=True), "cpu")
 
 
