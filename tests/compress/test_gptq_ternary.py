@@ -48,7 +48,7 @@ def test_the_papers_grid_is_the_papers():
 @pytest.mark.parametrize("bits", [None, 0.8])
 def test_one_level_for_both_signs_is_the_best_one(bits):
     weight, moments = correlated(2, 16, 256)
-    chosen = method(bits, symmetric=True, dtype=torch.float32)
+    chosen = method(bits, symmetric=True, dtype=torch.float32, stretched=False)
     piece = chosen.quantise(weight, moments, None)
     low, high = piece["levels_GR2"].unbind(2)
     assert torch.equal(low, -high) and (high > 0).all()
@@ -64,8 +64,26 @@ def test_one_level_for_both_signs_is_the_best_one(bits):
         return torch.einsum("grn,gnm,grm->gr", off, damped, off)
 
     assert (lost(1.0) <= lost(1.01)).all() and (lost(1.0) <= lost(0.99)).all()
-    free = method(bits, dtype=torch.float32).quantise(weight, moments, None)
+    free = method(bits, dtype=torch.float32, stretched=False).quantise(weight, moments, None)
     assert (free["error_G"] < 1.05 * piece["error_G"]).all()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [None, 0.8])
+def test_outputs_keep_their_energy_and_not_with_the_levels_of_least_error(bits, symmetric):
+    weight, moments = correlated(2, 16, 256)
+    damped = moments.double()
+    damped += 0.1 * damped.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(256, dtype=torch.float64)
+
+    def energy(rows: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("grn,gnm,grm->gr", rows.double(), damped, rows.double())
+
+    def kept(stretched: bool) -> torch.Tensor:
+        chosen = method(bits, symmetric=symmetric, dtype=torch.float32, stretched=stretched)
+        return energy(chosen.dense(chosen.quantise(weight, moments, None))) / energy(weight)
+
+    assert torch.allclose(kept(True), torch.ones(2, 16, dtype=torch.float64), rtol=5e-3)
+    assert (kept(False) < 0.97).all()
 
 
 def test_no_inputs_are_as_good_as_a_hessian_of_zeros():
@@ -108,7 +126,7 @@ def test_it_is_gptq_with_levels_as_they_are_stored():
 
 def test_levels_are_those_of_least_squares():
     weight, moments = correlated(1, 4, 200)
-    chosen = method(None, dtype=torch.float32)
+    chosen = method(None, dtype=torch.float32, stretched=False)
     piece = chosen.quantise(weight, moments, None)
     damped = (moments[0] + 0.1 * moments[0].diagonal().mean() * torch.eye(200)).double().numpy()
     for row in range(4):
@@ -218,5 +236,5 @@ def test_the_papers_error_and_that_with_means_are_as_known(decay, paper, means):
     moments = turn @ (inputs.mT @ inputs) @ turn.mT
     weight = torch.randn(matrices, 24, width, generator=random)
     for compat, known in ((True, paper), (False, means)):
-        piece = method(None, compat=compat, dtype=BF16).quantise(weight, moments, None)
+        piece = method(None, compat=compat, dtype=BF16, stretched=False).quantise(weight, moments, None)
         assert piece["error_G"].mean().item() == pytest.approx(known, rel=0.05)

@@ -61,6 +61,7 @@ def method(
     code: str = "tunstall",
     dtype: torch.dtype,
     damping: float = 0.1,
+    stretched: bool = True,
 ) -> Method:
     """The quantiser for so many bits.
 
@@ -73,6 +74,7 @@ def method(
         code: `tunstall` or the paper's `qmoe`, ternary only.
         dtype: of the parameters in the checkpoint, so of levels and scales.
         damping: what is added to the diagonal of Hessians, relative to its mean.
+        stretched: ternary rows keep the energy of their outputs (see `refit.stretch`); otherwise have the least error.
 
     Raises:
         UsageError: there is no such quantiser.
@@ -84,7 +86,9 @@ def method(
             raise UsageError(
                 "The paper's ternary grid takes the bits it takes.", fix="Leave out --bits or --qmoe-compat."
             )
-        return Ternary(bits=bits, compat=compat, symmetric=symmetric, code=code, dtype=dtype, damping=damping)
+        return Ternary(
+            bits=bits, compat=compat, symmetric=symmetric, stretched=stretched and not compat, code=code, dtype=dtype, damping=damping
+        )
     if bits not in (2, 3, 4):
         raise UsageError(
             f"There is no way to quantise to {bits:g} bits.",

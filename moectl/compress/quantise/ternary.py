@@ -18,7 +18,7 @@ from moectl.compress.quantise.gptq import Factor, factor, identity, strength, sw
 from moectl.compress.quantise.levels import of_the_paper, priced, usual_price
 from moectl.compress.quantise.piece import ROWS, Piece, check_finite, energy, relative_error, to_numpy
 from moectl.compress.quantise.rate import bits, check_possible, meet
-from moectl.compress.quantise.refit import refit
+from moectl.compress.quantise.refit import refit, stretch
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,7 @@ class Ternary:
         bits: of a weight, all counted; None for the thresholds of the paper, at what that takes.
         compat: the paper's levels as well, found before GPTQ and kept.
         symmetric: + and - have the same level, as an export to `w2a16` needs it.
+        stretched: levels are those of least error, times what keeps the energy of outputs; not with `compat`.
         code: `tunstall` or `qmoe`.
         dtype: of levels.
         damping: relative to the mean of a Hessian's diagonal.
@@ -37,6 +38,7 @@ class Ternary:
     bits: float | None
     compat: bool
     symmetric: bool
+    stretched: bool
     code: str
     dtype: torch.dtype
     damping: float
@@ -45,7 +47,7 @@ class Ternary:
         """See `Method.quantise`."""
         check_finite(weight_GRN, hessian_GNN)
         factored = identity(weight_GRN) if hessian_GNN is None else factor(hessian_GNN, self.damping)
-        strength_GN = factored.pivot_GN if hessian_GNN is None else strength(hessian_GNN, self.damping)
+        strength_GN = factored.pivot_GN if hessian_GNN is None else strength(hessian_GNN, self.damping).sqrt()
         if self.bits is None:
             found = self._quantised(weight_GRN, factored, strength_GN, None)
         else:
@@ -88,6 +90,8 @@ class Ternary:
             levels_GR2, off_GNR = refit(
                 factored, through_GNR, trits_GNR, levels_GR2, off_GNR, self.dtype, symmetric=self.symmetric
             )
+        if self.stretched:
+            levels_GR2, off_GNR = stretch(factored, through_GNR, trits_GNR, levels_GR2, off_GNR, self.dtype)
         lost_GNR = weight_GNR - _values(trits_GNR, levels_GR2[:, None])
         energies = energy(factored, off_GNR, lost_GNR), energy(factored, through_GNR, weight_GNR)
         return trits_GNR.to(torch.int8).mT.contiguous(), levels_GR2.to(self.dtype), *energies
@@ -125,6 +129,7 @@ class Ternary:
             "bits": self.bits,
             "compat": self.compat,
             "symmetric": self.symmetric,
+            "stretched": self.stretched,
             "code": self.code,
             "dtype": str(self.dtype).removeprefix("torch."),
             "damping": self.damping,
