@@ -79,14 +79,14 @@ def told(chosen: Method, weight: Tensor, seen: Tensor, true: Tensor) -> dict[str
 def with_factor(target: float, weight: Tensor, seen: Tensor, true: Tensor) -> dict[str, float]:
     """Thresholds of the paper times one factor, levels the means beyond them, at so many bits."""
     factored = factor(seen, 0.1)
-    ones, low, high = torch.ones(len(weight)), 0.2, 2.0
+    low, high = 0.2, 2.0
 
     def swept(levels: Levels) -> Tensor:
-        return sweep(weight.mT.contiguous(), factored, lambda target, _: levels.value(target, ones))[0]
+        return sweep(weight.mT.contiguous(), factored, lambda target, _: levels.value(target))[0]
 
     for _ in range(9):
         times = (low + high) / 2
-        rounded = swept(of_the_paper(weight, times, means=True, dtype=BF16))
+        rounded = swept(of_the_paper(weight, BF16, times=times, means=True))
         rate = bits(rounded.sign().to(torch.int8).mT, "tunstall", BF16).mean().item()
         low, high = (low, times) if rate < target else (times, high)
     return {
@@ -107,10 +107,10 @@ def table(matrices: int, rows: int) -> list[dict[str, Any]]:
     for width, decay, outliers, tail in settings:
         parts = problem(matrices, rows, width, decay, outliers, tail)
         results = {"paper": told(method(None, compat=True, dtype=BF16), *parts)}
-        results["means"] = told(method(None, dtype=BF16, stretched=False), *parts)
+        results["means"] = told(method(None, means=True, dtype=BF16, stretched=False), *parts)
         for target in (results["paper"]["bits"], 0.8):
             results[f"factor {target}"] = with_factor(target, *parts)
-            results[f"price {target}"] = told(method(target, dtype=BF16, stretched=False), *parts)
+            results[f"spread {target}"] = told(method(target, dtype=BF16, stretched=False), *parts)
         for grid in (2, 3, 4):
             results[f"grid {grid}"] = told(method(grid, dtype=BF16), *parts)
         lines.append({"width": width, "decay": decay, "outliers": outliers, "tail": tail, "results": results})

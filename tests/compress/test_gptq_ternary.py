@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 from quantised import DTYPES, any_problem, assert_error_is_told, assert_reads_as_dense, correlated, read_back
 
 from moectl.codecs.tables import QMOE
-from moectl.compress.quantise.gptq import strength
-from moectl.compress.quantise.levels import priced, usual_price
 from moectl.compress.quantise.method import method
 from moectl.compress.quantise.rate import check_possible, least_bits
 from moectl.errors import InputError, UsageError
@@ -151,12 +149,16 @@ def test_the_bits_that_are_asked_for_are_met(target, code):
     assert (tensors["m.about"][1] == QMOE) == (code == "qmoe")
 
 
-def test_ours_is_better_than_the_papers_at_equal_bits():
+@pytest.mark.parametrize("strong", [0, 1000])
+def test_ours_is_better_than_the_papers_at_equal_bits(strong):
+    """Also where a few directions have nearly all the energy of inputs, as in trained models."""
     weight, moments = correlated(1, 96, 512)
+    few = torch.randn(512, 8, generator=torch.Generator().manual_seed(0))
+    moments = moments / moments.diagonal(dim1=1, dim2=2).mean() + strong * few @ few.T / 8
     paper = method(None, compat=True, dtype=BF16).quantise(weight, moments, None)
     ours = method(paper["bits_G"].item(), dtype=BF16).quantise(weight, moments, None)
     assert ours["bits_G"] < 1.01 * paper["bits_G"]
-    assert ours["error_G"] < 0.6 * paper["error_G"]
+    assert ours["error_G"] < 0.93 * paper["error_G"]
 
 
 def test_what_bits_cannot_do_is_said():
@@ -197,25 +199,6 @@ def test_a_step_that_leads_away_from_the_bits_is_not_taken():
     assert torch.allclose(piece["bits_G"], torch.tensor(0.9), rtol=0.02)
 
 
-def test_no_other_choice_of_a_level_pays():
-    """Levels and thresholds are a minimum of errors plus price: no other value of a level makes the sum less."""
-    weight, moments = correlated(1, 3, 400)
-    importance = strength(moments, 0.1)
-    price = 2 * usual_price(weight, importance)
-    levels = priced(weight, importance, price, torch.float32)
-    importance = importance[0]
-
-    def cost(row, values):
-        off = torch.stack([importance * (weight[0, row] - value) ** 2 + price * (value != 0) for value in (0, *values)])
-        return off.amin(0).sum()
-
-    for row in range(3):
-        low, high = levels.values_GR2[0, row].tolist()
-        best = cost(row, (low, high))
-        for factor_ in (0.97, 1.03):
-            assert best < cost(row, (low * factor_, high)) and best < cost(row, (low, high * factor_))
-
-
 def test_a_parameter_that_is_no_stack_and_one_that_is_transposed():
     weight, moments = correlated(1, 5, 70)
     chosen = method(None, dtype=BF16)
@@ -236,5 +219,7 @@ def test_the_papers_error_and_that_with_means_are_as_known(decay, paper, means):
     moments = turn @ (inputs.mT @ inputs) @ turn.mT
     weight = torch.randn(matrices, 24, width, generator=random)
     for compat, known in ((True, paper), (False, means)):
-        piece = method(None, compat=compat, dtype=BF16, stretched=False).quantise(weight, moments, None)
+        piece = method(None, compat=compat, means=not compat, dtype=BF16, stretched=False).quantise(
+            weight, moments, None
+        )
         assert piece["error_G"].mean().item() == pytest.approx(known, rel=0.05)

@@ -61,6 +61,7 @@ def method(
     code: str = "tunstall",
     dtype: torch.dtype,
     damping: float = 0.1,
+    means: bool = False,
     stretched: bool = True,
 ) -> Method:
     """The quantiser for so many bits.
@@ -74,6 +75,7 @@ def method(
         code: `tunstall` or the paper's `qmoe`, ternary only.
         dtype: of the parameters in the checkpoint, so of levels and scales.
         damping: what is added to the diagonal of Hessians, relative to its mean.
+        means: ternary levels start as means of what is beyond the paper's thresholds.
         stretched: ternary rows keep the energy of their outputs (see `refit.stretch`); otherwise have the least error.
 
     Raises:
@@ -87,7 +89,14 @@ def method(
                 "The paper's ternary grid takes the bits it takes.", fix="Leave out --bits or --qmoe-compat."
             )
         return Ternary(
-            bits=bits, compat=compat, symmetric=symmetric, stretched=stretched and not compat, code=code, dtype=dtype, damping=damping
+            bits=bits,
+            compat=compat,
+            symmetric=symmetric,
+            means=means,
+            stretched=stretched and not compat,
+            code=code,
+            dtype=dtype,
+            damping=damping,
         )
     if bits not in (2, 3, 4):
         raise UsageError(

@@ -33,8 +33,8 @@ _LEAST, _MOST = -9.0, 9.0
 _LONGEST_STEP = 1.5
 """Of the logarithm of a price."""
 
-_SLOPE = -0.5
-_SLOPES = (-1.0, -0.2)
+_SLOPE = -0.8
+_SLOPES = (-2.0, -0.2)
 """Of bits over it: what is assumed first, and the limits of what is believed."""
 
 
@@ -123,7 +123,7 @@ def meet(
 
 def _guess(target: float) -> float:
     """The logarithm of a price, a straight line through what normal weights need from 0.6 to 1.3 bits."""
-    return 2.2 - 1.6 * target
+    return 2.3 - 1.25 * target
 
 
 def _step(log_G: Tensor, rate_G: Tensor, slope_G: Tensor, target: float, close: float) -> Tensor:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from moectl.codecs import blob
 from moectl.codecs.tables import QMOE
-from moectl.compress.quantise.gptq import Factor, factor, identity, strength, sweep
-from moectl.compress.quantise.levels import of_the_paper, priced, usual_price
+from moectl.compress.quantise.gptq import Factor, factor, identity, sweep
+from moectl.compress.quantise.levels import of_the_paper, spread
 from moectl.compress.quantise.piece import ROWS, Piece, check_finite, energy, relative_error, to_numpy
 from moectl.compress.quantise.rate import bits, check_possible, meet
 from moectl.compress.quantise.refit import refit, stretch
@@ -29,6 +29,7 @@ class Ternary:
         bits: of a weight, all counted; None for the thresholds of the paper, at what that takes.
         compat: the paper's levels as well, found before GPTQ and kept.
         symmetric: + and - have the same level, as an export to `w2a16` needs it.
+        means: where `bits` is None, levels start as means of what is beyond the thresholds, not as extremes.
         stretched: levels are those of least error, times what keeps the energy of outputs; not with `compat`.
         code: `tunstall` or `qmoe`.
         dtype: of levels.
@@ -38,6 +39,7 @@ class Ternary:
     bits: float | None
     compat: bool
     symmetric: bool
+    means: bool
     stretched: bool
     code: str
     dtype: torch.dtype
@@ -47,29 +49,21 @@ class Ternary:
         """See `Method.quantise`."""
         check_finite(weight_GRN, hessian_GNN)
         factored = identity(weight_GRN) if hessian_GNN is None else factor(hessian_GNN, self.damping)
-        strength_GN = factored.pivot_GN if hessian_GNN is None else strength(hessian_GNN, self.damping).sqrt()
         if self.bits is None:
-            found = self._quantised(weight_GRN, factored, strength_GN, None)
+            found = self._quantised(weight_GRN, factored, None)
         else:
             check_possible(self.bits, weight_GRN.shape[2], self.code, self.dtype)
-            unit_G = usual_price(weight_GRN, strength_GN)
 
             def rate(rows_GRN: Tensor, times_G: Tensor) -> Tensor:
-                rounded_GNR, *_ = self._swept(rows_GRN, factored, strength_GN, times_G * unit_G)
+                rounded_GNR, *_ = self._swept(rows_GRN, factored, times_G)
                 return bits(rounded_GNR.sign().to(torch.int8).mT, self.code, self.dtype)
 
-            def whole(times_G: Tensor) -> Piece:
-                return self._quantised(weight_GRN, factored, strength_GN, times_G * unit_G)
+            found = meet(self.bits, weight_GRN, rate, lambda times_G: self._quantised(weight_GRN, factored, times_G))
+        return found | {"fallback_G": factored.fallback_G}
 
-            found = meet(self.bits, weight_GRN, rate, whole)
-        return found | {
-            "factor_G": torch.full_like(found["bits_G"], float(self.bits is None)),
-            "fallback_G": factored.fallback_G,
-        }
-
-    def _quantised(self, weight_GRN: Tensor, factored: Factor, strength_GN: Tensor, price_G: Tensor | None) -> Piece:
-        """All of a piece but what does not depend on the price."""
-        parts = [self._rows(rows_GRN, factored, strength_GN, price_G) for rows_GRN in weight_GRN.split(ROWS, 1)]
+    def _quantised(self, weight_GRN: Tensor, factored: Factor, times_G: Tensor | None) -> Piece:
+        """All of a piece but what does not depend on where levels are."""
+        parts = [self._rows(rows_GRN, factored, times_G) for rows_GRN in weight_GRN.split(ROWS, 1)]
         trits_GRN, levels_GR2, lost_GR, whole_GR = (torch.cat(part, 1) for part in zip(*parts, strict=True))
         return {
             "trits_GRN": trits_GRN,
@@ -77,14 +71,13 @@ class Ternary:
             "error_G": relative_error(lost_GR, whole_GR),
             "zeros_G": (trits_GRN == 0).flatten(1).to(weight_GRN.dtype).mean(1),
             "bits_G": bits(trits_GRN, self.code, self.dtype),
+            "factor_G": weight_GRN.new_zeros(len(weight_GRN)) if times_G is None else times_G,
         }
 
-    def _rows(
-        self, weight_GRN: Tensor, factored: Factor, strength_GN: Tensor, price_G: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    def _rows(self, weight_GRN: Tensor, factored: Factor, times_G: Tensor | None) -> tuple[Tensor, ...]:
         """Codes and levels of some rows, and the energies of what is lost and of the rows."""
         weight_GNR = weight_GRN.mT.contiguous()
-        rounded_GNR, off_GNR, levels_GR2 = self._swept(weight_GRN, factored, strength_GN, price_G)
+        rounded_GNR, off_GNR, levels_GR2 = self._swept(weight_GRN, factored, times_G)
         through_GNR, trits_GNR = factored.through(weight_GNR), rounded_GNR.sign()
         if not self.compat:
             levels_GR2, off_GNR = refit(
@@ -96,19 +89,14 @@ class Ternary:
         energies = energy(factored, off_GNR, lost_GNR), energy(factored, through_GNR, weight_GNR)
         return trits_GNR.to(torch.int8).mT.contiguous(), levels_GR2.to(self.dtype), *energies
 
-    def _swept(
-        self, weight_GRN: Tensor, factored: Factor, strength_GN: Tensor, price_G: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _swept(self, weight_GRN: Tensor, factored: Factor, times_G: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """What rows become, what they are off by, and levels."""
-        if price_G is None:
-            levels = of_the_paper(weight_GRN, 1.0, not self.compat, self.dtype, symmetric=self.symmetric)
+        if times_G is None:
+            levels = of_the_paper(weight_GRN, self.dtype, means=self.means, symmetric=self.symmetric)
         else:
-            levels = priced(weight_GRN, strength_GN, price_G, self.dtype, symmetric=self.symmetric)
-
-        def to_value(target_GR: Tensor, column: int) -> Tensor:
-            return levels.value(target_GR, strength_GN[:, column])
-
-        return *sweep(weight_GRN.mT.contiguous(), factored, to_value), levels.values_GR2
+            levels = spread(weight_GRN, times_G, self.dtype)
+        swept = sweep(weight_GRN.mT.contiguous(), factored, lambda target_GR, _column: levels.value(target_GR))
+        return *swept, levels.values_GR2
 
     def dense(self, piece: Piece) -> Tensor:
         """See `Method.dense`."""
@@ -129,6 +117,7 @@ class Ternary:
             "bits": self.bits,
             "compat": self.compat,
             "symmetric": self.symmetric,
+            "means": self.means,
             "stretched": self.stretched,
             "code": self.code,
             "dtype": str(self.dtype).removeprefix("torch."),
