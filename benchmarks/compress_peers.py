@@ -137,6 +137,7 @@ def tried(place: Path, entry: Entry, options: argparse.Namespace) -> dict[str, A
     for path in (out, place / "dense"):
         shutil.rmtree(path, ignore_errors=True)
     settings = {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}
+    settings |= {"LLM_COMPRESSOR_LOG_DISABLED": "true"}  # it would be written where this was started
     environment = {**os.environ, **settings, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     cores = sorted(os.sched_getaffinity(0))[: options.threads]
     bound = ["taskset", "--cpu-list", ",".join(map(str, cores))]

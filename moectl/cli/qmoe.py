@@ -110,6 +110,7 @@ def qmoe(
     from moectl.compress.calibration import SAMPLES, Calibration
     from moectl.compress.pipeline.alone import alone
     from moectl.compress.pipeline.run import discard, is_finished
+    from moectl.compress.qmoe_families import WARNINGS
     from moectl.compress.qmoe_job import Job
     from moectl.compress.qmoe_recipe import QmoeRecipe
     from moectl.report import output
@@ -152,8 +153,10 @@ def qmoe(
     )
     if not data and leads:
         output.warn(_BUILTIN_COST)
-    if len(job.token_BL) < (samples or SAMPLES) and max_tokens is None and leads:
-        output.warn(f"There was text for {len(job.token_BL)} sequences of {samples or SAMPLES}.")
+    if source.model_type in WARNINGS and leads:
+        output.warn(WARNINGS[source.model_type])
+    if job.sequences < (samples or SAMPLES) and max_tokens is None and leads:
+        output.warn(f"There was text for {job.sequences} sequences of {samples or SAMPLES}.")
     place = writing.statistics_of(out)
     folder = place / job.key
     if is_occupied(out) and not (overwrite or dry_run):
@@ -198,8 +201,8 @@ def _show_estimate(job: Job, *, dry_run: bool, json: bool, quiet: bool) -> None:
     if not dry_run:
         output.note(
             f"{output.count(found.experts)} expert weights to about {found.bits:.2f} bits each, calibrated on "
-            f"{job.token_BL.size:,} tokens: about {_duration(found.seconds)}, {output.size(found.memory)} of memory, "
-            f"{output.size(found.scratch + found.output)} of disk on the way.",
+            f"{job.recorded['calibration']['tokens']:,} tokens: about {_duration(found.seconds)}, "
+            f"{output.size(found.memory)} of memory, {output.size(found.scratch + found.output)} of disk on the way.",
             quiet=quiet,
         )
         return
@@ -209,7 +212,7 @@ def _show_estimate(job: Job, *, dry_run: bool, json: bool, quiet: bool) -> None:
     rows: list[tuple[str, output.Cell]] = [
         ("expert weights", found.experts),
         ("bits of each", round(found.bits, 3)),
-        ("calibration tokens", job.token_BL.size),
+        ("calibration tokens", job.recorded["calibration"]["tokens"]),
         ("seconds", round(found.seconds)),
         ("bytes of memory", found.memory),
         ("bytes of disk for activations", found.scratch),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from moectl.checkpoint.source import Checkpoint
+from moectl.compress.pairs import Ids, parts
 from moectl.errors import InputError, UsageError
 from moectl.text import escape
 
@@ -45,14 +46,14 @@ class Calibration:
             "max_tokens": self.max_tokens,
         }
 
-    def about(self, token_BL: np.ndarray) -> dict[str, Any]:
-        """What was taken, with the defaults filled in."""
+    def about(self, tokens: Ids) -> dict[str, Any]:
+        """What was taken, with the defaults filled in; `tokens` are those of all sequences, targets too."""
         return {
             **self.asked,
             "data": list(self.data or BUILTIN),
             "samples": self.samples or SAMPLES,
-            "seq_len": token_BL.shape[1],
-            "tokens": token_BL.size,
+            **{key: part.shape[1] for key, part in zip(("seq_len", "target_len"), parts(tokens), strict=False)},
+            "tokens": sum(part.size for part in parts(tokens)),
             "dtype": self.dtype,
         }
 

@@ -224,7 +224,8 @@ def _layout(about: np.ndarray) -> tuple[int, int]:
 
 def _nameless(model: PreTrainedModel, name: str) -> InputError:
     return InputError(
-        f"Checkpoints of {escape(model.config.model_type)} have no names for single experts, only {escape(name)}.",
+        f"Checkpoints of {escape(model.config.model_type)} have no names for single experts that loaders of the format "
+        f"know, only {escape(name)}.",
         "The format packs the matrices of single experts, and nothing would read them under made-up names.",
         "Keep the compressed model as it is, or make a plain one with `moectl decompress`.",
     )

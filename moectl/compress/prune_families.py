@@ -56,7 +56,7 @@ PRUNABLE: dict[str, str] = {
 """model_type -> the config field that counts routed experts, where config.json leaves it out."""
 
 PART = "it is a part of a larger model, and cannot be run as a language model by itself"
-TWO_STACKS = "it is an encoder-decoder, which cannot be run one layer at a time"
+TWO_STACKS = "it is an encoder-decoder, and experts are scored in decoders alone"
 """Reasons of several families."""
 
 REFUSED: dict[str, str] = {

@@ -71,7 +71,7 @@ def coded(source: Checkpoint, paths: Sequence[Path]) -> Coded:
         InputError: transformers cannot build the model.
     """
     files = tuple(Checkpoint.of_file(path) for path in paths)
-    model = build(source, torch.float32, "cpu")
+    model = build(source, torch.float32, "cpu", two_stacks=True)
     loader = WeightLoader(model, source, torch.float32, "cpu")
     known = frozenset(loader.names)
     parts: dict[str, list[Copy]] = {}
@@ -94,7 +94,7 @@ def exported(made: Coded, form: str, place: Path) -> tuple[Coded, dict[str, Any]
     Raises:
         InputError: the family has no names for the matrices of single experts, or their groups fit no kernel.
     """
-    model = build(made.source, torch.float32, "meta")
+    model = build(made.source, torch.float32, "meta", two_stacks=True)
     names = sorted(made.experts)
     way = packing(form, (_read(made, name, f"{name}.about") for name in names))
     files, parts = [made.source, *made.files], dict(made.parts)

@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from moectl.checkpoint.dtypes import FLOATS, TORCH_NAMES
@@ -20,6 +19,7 @@ from moectl.codecs.checks import VERSION
 from moectl.compress.calibration import Calibration, calibration_tokens
 from moectl.compress.dense import DensePart
 from moectl.compress.export import foreseen
+from moectl.compress.pairs import Ids, model_inputs, parts
 from moectl.compress.pipeline.preflight import Estimate, estimate, require
 from moectl.compress.pipeline.report import reports, to_metadata
 from moectl.compress.pipeline.run import folder_of, run
@@ -29,7 +29,7 @@ from moectl.compress.qmoe import coded, exported, plan_qmoe
 from moectl.compress.qmoe_recipe import QmoeRecipe
 from moectl.compress.quantise.method import Method
 from moectl.errors import InputError
-from moectl.layerwise.skeleton import build, decoder_layers, read_config
+from moectl.layerwise.skeleton import all_layers, build, read_config
 from moectl.layerwise.whole import check_ids, device_named, dtype_named
 from moectl.text import escape
 
@@ -42,13 +42,13 @@ class Job:
     """One compression, ready to start.
 
     Attributes:
-        token_BL: token ids to calibrate on.
+        tokens: token ids to calibrate on.
     """
 
     source: Checkpoint
     recipe: QmoeRecipe
     calibration: Calibration
-    token_BL: np.ndarray
+    tokens: Ids
     method: Method
     settings: Settings
 
@@ -61,16 +61,15 @@ class Job:
             InputError: the model has no experts that can be coded, or model and data do not belong together.
             MachineError: there is no such device, or the Hub cannot be reached.
         """
-        model = build(source, torch.float32, "meta")
-        prefix, layers = decoder_layers(source, model)
-        if not any(candidates(f"{prefix}.{index}", layer) for index, layer in enumerate(layers)):
+        model = build(source, torch.float32, "meta", two_stacks=True)
+        found = [name for layer in all_layers(source, model)[0].items() for name in candidates(*layer)]
+        if not found:
             raise InputError(
                 f"{escape(source.name)} has no routed experts.",
                 "Experts are what is coded.",
                 "Give a Mixture-of-Experts model (`moectl inspect` shows what a model is).",
             )
         if recipe.export:
-            found = (name for i, layer in enumerate(layers) for name in candidates(f"{prefix}.{i}", layer))
             foreseen(recipe.export, model, [name for name in found if not name.endswith("bias")], recipe.group_size)
         device = device_named(calibration.device)
         dtype = dtype_named(calibration.dtype, device)
@@ -79,8 +78,9 @@ class Job:
         stored = weights_dtype(source)
         method = recipe.method(stored)
         dense = None if recipe.dense == "bf16" else DensePart(_DENSE_BITS[recipe.dense], stored)
-        token_BL = calibration_tokens(source, calibration)
-        check_ids(source, model, token_BL)
+        tokens = model_inputs(source, calibration_tokens(source, calibration))
+        for ids_BL in parts(tokens):
+            check_ids(source, model, ids_BL)
         settings = Settings(
             dense=dense,
             batch_experts=recipe.batch_experts,
@@ -90,12 +90,17 @@ class Job:
             dtype=dtype,
             device=device,
         )
-        return cls(source, recipe, calibration, token_BL, method, settings)
+        return cls(source, recipe, calibration, tokens, method, settings)
+
+    @property
+    def sequences(self) -> int:
+        """How many are calibrated on."""
+        return len(parts(self.tokens)[0])
 
     @cached_property
     def key(self) -> str:
         """What tells this from any other compression."""
-        return folder_of(self.source, self.token_BL, self.method, self.settings, Path()).name
+        return folder_of(self.source, self.tokens, self.method, self.settings, Path()).name
 
     @cached_property
     def recorded(self) -> dict[str, Any]:
@@ -104,7 +109,7 @@ class Job:
             "method": "qmoe",
             **self.recipe.to_json(),
             "quantiser": self.method.to_json(),
-            "calibration": self.calibration.about(self.token_BL),
+            "calibration": self.calibration.about(self.tokens),
             "key": self.key,
         }
 
@@ -119,7 +124,7 @@ class Job:
     @cached_property
     def estimate(self) -> Estimate:
         """What `run` will take."""
-        return estimate(self.source, self.token_BL, self.method, self.settings)
+        return estimate(self.source, self.tokens, self.method, self.settings)
 
     def run(self, place: Path, say: Callable[[str], None], advance: Callable[[float], None]) -> list[Path]:
         """The layer files, in a folder in `place`; those that are there are taken as they are.
@@ -129,7 +134,7 @@ class Job:
             MachineError: disk or memory do not suffice.
         """
         require(self.estimate, self.settings, place / self.key)
-        return run(self.source, self.token_BL, self.method, self.settings, place, say, advance)
+        return run(self.source, self.tokens, self.method, self.settings, place, say, advance)
 
     def plan(self, paths: Sequence[Path]) -> Plan:
         """The plan of the output, from the layer files.

@@ -33,6 +33,7 @@ _TOP_K = (
     "experts_per_token",
     "num_selected_experts",
 )
+_FIXED_TOP_K = {"nllb-moe": 2, "switch_transformers": 1}
 
 
 def component(name: str) -> str:
@@ -49,5 +50,5 @@ def experts_and_top_k(config: Mapping[str, Any]) -> tuple[int | None, int | None
         values = (place.get(name) for place in places for name in names)
         return next((value for value in values if type(value) is int and value > 0), None)
 
-    top_k = 1 if config.get("model_type") in ("switch_transformers",) else first(_TOP_K)
+    top_k = _FIXED_TOP_K.get(str(config.get("model_type"))) or first(_TOP_K)
     return first(_NUM_EXPERTS), top_k

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from moectl.checkpoint.plan import Plan
 from moectl.checkpoint.source import Checkpoint
@@ -36,7 +36,8 @@ def written(plan: Plan, path: Path) -> Checkpoint:
 def loaded(checkpoint: Checkpoint, **options: Any) -> Any:
     """The model as transformers loads it, all of whose keys have found their places."""
     with quiet():
-        model, info = AutoModelForCausalLM.from_pretrained(
+        auto = AutoModelForSeq2SeqLM if checkpoint.config.get("is_encoder_decoder") else AutoModelForCausalLM
+        model, info = auto.from_pretrained(
             checkpoint.path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     assert not any(info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched")), info

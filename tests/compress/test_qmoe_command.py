@@ -332,7 +332,7 @@ def test_it_computes_what_the_pipeline_left(place: Path, room: Path, monkeypatch
 
     def spied(*given: Any) -> Any:
         job = of(*given)
-        seen.append(torch.from_numpy(job.token_BL))
+        seen.append(torch.from_numpy(job.tokens))
         return job
 
     monkeypatch.setattr(layers, "write_tree", spy)

@@ -1,4 +1,4 @@
-"""Every decoder MoE family through the command: compressed, loaded, and decompressed to what computes the same."""
+"""Every MoE family through the command: compressed, loaded, and decompressed to what computes the same."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipeline_models import FAMILIES
+from pipeline_models import FAMILIES, TWO_STACKS
 from pruned_models import loaded
 from qmoe_runs import COUNTING, SMALL, compress, memory, names, texts
 from typer.testing import CliRunner
@@ -31,7 +31,7 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield directory
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in REFUSED])
+@pytest.mark.parametrize("family", [family for family in [*FAMILIES, *TWO_STACKS] if family not in REFUSED])
 def test_it_loads_and_computes_what_its_plain_weights_do(
     family: str, room: Path, record_property: Callable[[str, object], None]
 ) -> None:
@@ -47,6 +47,7 @@ def test_it_loads_and_computes_what_its_plain_weights_do(
     token_BL = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), quiet():
         models = ours.load(room / "q", dtype=torch.float32).eval(), loaded(Checkpoint.open(room / "plain"))
-        found, wanted = (model(input_ids=token_BL, use_cache=False).logits for model in models)
+        given = {"decoder_input_ids": token_BL.flip(1)} if family in TWO_STACKS else {}
+        found, wanted = (model(input_ids=token_BL, use_cache=False, **given).logits for model in models)
     assert (found - wanted).norm() <= 1e-5 * wanted.norm()
     record_property("families compressed", 1)

@@ -49,7 +49,6 @@ from moectl.compress.pipeline import settings as pipeline_settings
 from moectl.compress.quantise.method import method
 from moectl.errors import InputError, MachineError
 from moectl.families.tiny import tiny_model
-from moectl.families.tiny_moe import tiny_moe
 from moectl.layerwise.quiet import quiet
 
 EFFECTS = ("create", "write", "copy", "sync", "rename", "rename_new", "remove", "remove_tree")
@@ -447,9 +446,9 @@ def dense_model(model: Path) -> None:
         tiny_model("llama", vocab_size=258).save_pretrained(model)
 
 
-def encoder_decoder(model: Path) -> None:
+def dense_encoder_decoder(model: Path) -> None:
     with quiet():
-        tiny_moe("switch_transformers", vocab_size=258).save_pretrained(model)
+        tiny_model("t5", vocab_size=258).save_pretrained(model)
 
 
 def fp8(model: Path) -> None:
@@ -474,7 +473,7 @@ def without_an_expert(model: Path) -> None:
         (without_tokenizer, "has no tokenizer"),
         (ids_beyond_it, "its vocabulary has 128"),
         (dense_model, "has no routed experts"),
-        (encoder_decoder, "encoder"),
+        (dense_encoder_decoder, "has no routed experts"),
         (fp8, "quantised"),
         (without_an_expert, "experts.3.up_proj"),
     ],

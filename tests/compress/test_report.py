@@ -79,7 +79,7 @@ def test_the_rate_is_that_of_the_blobs() -> None:
 
 def test_labels_tell_encoder_from_decoder() -> None:
     one = reports()[0]
-    both = [replace(one, name="encoder.block.1", index=1), replace(one, name="decoder.block.1", index=1)]
+    both = [replace(one, name="encoder.block.1", index=1), replace(one, name="decoder.block.1", index=4)]
     assert [layer.label for layer in layers(both)] == ["encoder 1", "decoder 1"]
     assert [layer.label for layer in layers(both[:1])] == ["1"]
 

@@ -30,7 +30,7 @@ from moectl.families.tiny_moe import model_types, tiny_inputs, tiny_moe
 
 NO_MATRICES = ("doge", "vitpose_backbone")
 KINDS = [each for family in experts_classes() if family not in NO_MATRICES for each in model_types(family)]
-PARTS = set(KINDS) & REFUSED.keys() - {"nllb-moe", "switch_transformers"}
+PARTS = set(KINDS) & REFUSED.keys()
 """Parts of larger models, and models that predict no tokens. They load by classes of their own; `compress` and
 `decompress` take language models."""
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pipeline_models import FAMILIES
+from pipeline_models import FAMILIES, TWO_STACKS
 from qmoe_runs import memory
 
 from moectl.checkpoint.source import Checkpoint
@@ -25,10 +25,11 @@ from moectl.compress.calibration import Calibration
 from moectl.compress.qmoe_families import REFUSED
 from moectl.compress.qmoe_job import Job
 from moectl.compress.qmoe_recipe import QmoeRecipe
+from moectl.data.tokens import byte_tokenizer
 from moectl.families.tiny_moe import tiny_moe
 from moectl.layerwise.quiet import quiet
 
-KINDS = sorted(set(FAMILIES) - REFUSED.keys())
+KINDS = sorted({*FAMILIES, *TWO_STACKS} - REFUSED.keys())
 RECIPES = [
     QmoeRecipe(min_tokens=2, **given)
     for given in ({}, {"bits": 4, "group_size": 32}, {"dense": "int4"}, {"bits": 2, "group_size": 32, "dense": "bf16"})
@@ -66,6 +67,7 @@ def loaded() -> Iterator[dict[str, dict[str, Any]]]:
         patch.setattr(qmoe_job, "calibration_tokens", lambda *_: token_BL)
         for number, kind in enumerate(KINDS):
             tiny_moe(kind).to(torch.bfloat16).save_pretrained(root / "source" / kind)
+            byte_tokenizer().save_pretrained(root / "source" / kind)  # pairs are made as it has sentinels or not
             recipe = RECIPES[number % len(RECIPES)]
             job = Job.of(Checkpoint.open(root / "source" / kind), recipe, Calibration(data=("random",)))
             paths = job.run(root / "work" / kind, lambda _said: None, lambda _share: None)

@@ -16,7 +16,8 @@ from torch import nn
 
 from moectl.checkpoint.fs import free_bytes
 from moectl.checkpoint.source import Checkpoint
-from moectl.compress.pipeline.settings import Ids, Settings
+from moectl.compress.pairs import Ids, parts
+from moectl.compress.pipeline.settings import Settings
 from moectl.compress.pipeline.stacks import candidates, experts_modules, is_direct
 from moectl.errors import MachineError
 from moectl.families.components import experts_and_top_k
@@ -91,8 +92,8 @@ def estimate(checkpoint: Checkpoint, tokens_BL: Ids, method: Method, settings: S
     width = model.config.get_text_config(decoder=True).hidden_size
     layers = [_layer(name, module, width) for name, module in all_layers(checkpoint, model)[0].items()]
     top_k = experts_and_top_k(checkpoint.config)[1] or 1
-    parts = tokens_BL if isinstance(tokens_BL, tuple) else (tokens_BL,)
-    tokens, length = max(part.size for part in parts), max(part.shape[1] for part in parts)
+    tokens = max(part.size for part in parts(tokens_BL))
+    length = max(part.shape[1] for part in parts(tokens_BL))
     inputs = {matrix.inputs for layer in layers for matrix in layer.matrices}
     rates = {each: _bits(method, each) for each in inputs}
     matrices = [matrix for layer in layers for matrix in layer.matrices]

@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from moectl.checkpoint.kept import identity
 from moectl.checkpoint.source import Checkpoint
 from moectl.compress.calibration import tokens_identity
+from moectl.compress.pairs import Ids, parts
 from moectl.compress.pipeline.finite import require_finite
 from moectl.compress.pipeline.layer import LayerWork, left_file
 from moectl.compress.pipeline.quantise import quantise
 from moectl.compress.pipeline.ranks import Ranks, ranks
 from moectl.compress.pipeline.report import LayerReport, note_file, to_metadata
-from moectl.compress.pipeline.settings import Ids, Settings
+from moectl.compress.pipeline.settings import Settings
 from moectl.compress.pipeline.stacks import candidates
 from moectl.compress.quantise.piece import to_numpy
 from moectl.errors import InputError
@@ -204,9 +205,8 @@ def _rounded(job: _Job) -> Iterator[dict[str, dict[str, Any]]]:
 
 
 def _micro_batches(tokens_BL: Ids, settings: Settings) -> list[Tokens]:
-    parts = tokens_BL if isinstance(tokens_BL, tuple) else (tokens_BL,)
-    size = settings.sequences(max(part.shape[1] for part in parts))
-    split = list(zip(*(torch.from_numpy(part).split(size) for part in parts), strict=True))
+    size = settings.sequences(max(part.shape[1] for part in parts(tokens_BL)))
+    split = list(zip(*(torch.from_numpy(part).split(size) for part in parts(tokens_BL)), strict=True))
     return [(batch[0], batch[1]) if len(batch) == 2 else batch[0] for batch in split]
 
 
@@ -218,7 +218,7 @@ def _check(replay: Replay, tokens_BL: Ids) -> None:
             "It is dense, or its experts are no matrices that a module of experts holds.",
             "Give a Mixture-of-Experts model.",
         )
-    for ids_BL in tokens_BL if isinstance(tokens_BL, tuple) else (tokens_BL,):
+    for ids_BL in parts(tokens_BL):
         check_ids(replay.checkpoint, replay.model, ids_BL)
 
 
@@ -237,7 +237,7 @@ def folder_of(checkpoint: Checkpoint, tokens_BL: Ids, method: Method, settings: 
     """The folder of a run: its name follows from all that decides the files in it."""
     decides = {
         **identity(checkpoint),
-        "tokens": [tokens_identity(part) for part in (tokens_BL if isinstance(tokens_BL, tuple) else (tokens_BL,))],
+        "tokens": [tokens_identity(part) for part in parts(tokens_BL)],
         "settings": settings.to_json(),
         "method": method.to_json(),
         "versions": {name: version(name) for name in ("torch", "transformers")},

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -17,9 +16,6 @@ CAP = 4.0
 """An expert's Hessian is of at most so many times the mean number of tokens (ibid.)."""
 MIN_TOKENS = 32
 MICRO_BATCH_TOKENS = 4096
-
-Ids = np.ndarray | tuple[np.ndarray, np.ndarray]
-"""Token ids [B, L]; for an encoder-decoder those of sources and those of their targets."""
 
 
 @dataclass(frozen=True)

@@ -268,4 +268,6 @@ def _experts(matrices: Sequence[MatrixReport]) -> Iterator[Expert]:
 def _label(report: LayerReport, *, several: bool) -> str:
     number = report.name if report.index is None else str(report.index)
     part = next((word for word in report.name.split(".") if word in ("encoder", "decoder")), "")
-    return f"{part} {number}" if several and part and report.index is not None else number
+    if several and part and report.index is not None:
+        return f"{part} {report.name.rpartition('.')[2]}"  # its index counts both stacks
+    return number
