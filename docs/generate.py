@@ -1,7 +1,8 @@
 """Write the reference pages from the program itself; with --check, say whether they are in step instead.
 
 cli.md comes from the commands' own help, families.md from the families' data, routing.md from the numbers that
-`moectl analyze-routing` knows, btx.md from the recorded grid of `benchmarks/btx_story.sh`.
+`moectl analyze-routing` knows, btx.md from the recorded grid of `benchmarks/btx_story.sh`, compress-measured.md from
+what `benchmarks/` recorded of `moectl compress`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from inspect import getdoc
 from pathlib import Path
 from typing import Any
 
+from measured import page as measured
 from typer.main import get_command
 
 from moectl.cli.main import app
@@ -186,6 +188,7 @@ def main() -> int:
     check = parser.parse_args().check
     stale = []
     pages = {"cli.md": cli(), "families.md": families(), "routing.md": routing(), "btx.md": story()}
+    pages["compress-measured.md"] = measured()
     for name, text in pages.items():
         path = HERE / name
         if check and (not path.exists() or path.read_text() != text):
