@@ -46,7 +46,7 @@ def test_it_is_gptq_from_the_strongest_input_down(symmetric):
         number = np.clip(np.round(value / scale[row, column] + zero[row, column]), 0, 7)
         return float(torch.tensor((number - zero[row, column]) * scale[row, column]).to(BF16))
 
-    hessian = gptq_by_hand.damped(moments[0, order][:, order].numpy(), 0.1)
+    hessian = gptq_by_hand.damped(moments[0, order][:, order].numpy(), chosen.damping)
     expected, _ = gptq_by_hand.quantise(weight[0, :, order].numpy(), hessian, to_value)
     assert np.allclose(chosen.dense(piece)[0, :, order].numpy(), expected, atol=1e-7)
 
