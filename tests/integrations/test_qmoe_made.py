@@ -1,6 +1,6 @@
 """Every family that `moectl compress qmoe` takes: all are compressed, and then one fresh process loads them all.
 
-What they compute is compared with the same checkpoint made plain while it is loaded; `test_qmoe_every_family.py`
+What they compute is compared with the same checkpoint made plain while it is loaded; `test_qmoe_by_hand.py`
 compares with weights that moectl has not decoded. Ternary experts and grids, and the kinds of dense parts, take turns.
 """
 
