@@ -26,6 +26,7 @@ from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError
 from moectl.integrations.complete import from_pretrained, is_coded
 from moectl.integrations.implementation import set_ours
+from moectl.layerwise.memory import resident
 from moectl.layerwise.quiet import quiet
 from moectl.text import shown
 
@@ -216,7 +217,7 @@ class _Memory:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._before = torch.cuda.memory_allocated() if self._cuda else _resident("VmRSS")
+        self._before = torch.cuda.memory_allocated() if self._cuda else resident("VmRSS")
 
     def reset(self) -> None:
         """Count from here; loading has ended, and its own peak does not count."""
@@ -233,13 +234,5 @@ class _Memory:
         """The most that was in use since `reset`, None where the system does not tell."""
         if self._cuda:
             return torch.cuda.max_memory_allocated() - (self._before or 0)
-        high = _resident("VmHWM")
+        high = resident("VmHWM")
         return None if high is None or self._before is None else max(0, high - self._before)
-
-
-def _resident(field: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None)

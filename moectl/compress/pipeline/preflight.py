@@ -23,6 +23,7 @@ from moectl.errors import MachineError
 from moectl.families.components import experts_and_top_k
 from moectl.layerwise.memory import available_memory, resident
 from moectl.layerwise.skeleton import all_layers, build
+from moectl.report.output import size
 from moectl.text import escape
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def require(found: Estimate, settings: Settings, folder: Path) -> None:
         free, where = available_memory() + (resident("VmRSS") or 0), "of memory"
     if found.memory > free:
         raise MachineError(
-            f"Compressing takes about {_size(found.memory)} {where}, and {_size(free)} are free.",
+            f"Compressing takes about {size(found.memory)} {where}, and {size(free)} are free.",
             "It would be killed, hours from now maybe.",
             "Give a smaller --batch-experts, --dtype bfloat16 or shorter sequences, or use a larger machine.",
         )
@@ -135,8 +136,8 @@ def require(found: Estimate, settings: Settings, folder: Path) -> None:
     free = free_bytes(folder) + there
     if found.scratch + found.output > free:
         raise MachineError(
-            f"Compressing takes about {_size(found.scratch + found.output)} of disk in {escape(str(folder.parent))}, "
-            f"and {_size(free)} are free.",
+            f"Compressing takes about {size(found.scratch + found.output)} of disk in {escape(str(folder.parent))}, "
+            f"and {size(free)} are free.",
             "What the layers return on the calibration tokens is kept there, and what is made of the layers.",
             "Free space, give fewer --samples, or an -o on another disk.",
         )
@@ -211,18 +212,10 @@ def _bits(method: Any, inputs: int) -> float:
 
 def _speed(settings: Settings) -> float:
     """Floating-point operations a second of a product of large matrices, where and as the model computes."""
-    size = 512 if torch.device(settings.device).type == "cpu" else 8192
-    a = torch.ones(size, size, dtype=settings.dtype, device=settings.device)
+    width = 512 if torch.device(settings.device).type == "cpu" else 8192
+    a = torch.ones(width, width, dtype=settings.dtype, device=settings.device)
     count, started = 0, time.perf_counter()
     while count < 2 or time.perf_counter() - started < _SPEED_SECONDS:
         (a @ a)[0, 0].item()
         count += 1
-    return 2.0 * size**3 * count / (time.perf_counter() - started)
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} TB"
+    return 2.0 * width**3 * count / (time.perf_counter() - started)

@@ -24,7 +24,7 @@ class MatrixReport:
         sparsity: the share of weights that became zero.
         error: of its outputs on calibration tokens, relative to their energy; of its weights where it is cold.
         bits: per weight, scales and levels counted.
-        factor: what thresholds were multiplied by.
+        factor: levels as multiples of the root mean square of a row, where bits were asked for; else 0.
         cold: too few tokens: rounded to nearest.
         fallback: its Hessian could not be factored as it was.
     """

@@ -19,7 +19,7 @@ Piece = dict[str, Tensor]
     error_G      the sum over inputs of ||(W - Q) x||^2 relative to that of ||W x||^2; of ||W - Q||^2 without inputs
     zeros_G      the share of weights that are zero
     bits_G       bits a weight that storing them takes, scales and levels counted
-    factor_G     what the paper's thresholds were multiplied by, 0 where there are other ones
+    factor_G     levels as multiples of the root mean square of a row; 0 where they follow from extremes
     fallback_G   the Hessian could not be factored as it was
 """
 

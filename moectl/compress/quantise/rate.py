@@ -22,7 +22,7 @@ COUNT_BITS, CODE_BITS = 16, 16
 """Of the number of codewords of a row, and of a codeword."""
 
 SAMPLED = 64
-"""Rows of each matrix that the price is found with."""
+"""Rows of each matrix that the size of levels is found with."""
 
 TRIES = 5
 CLOSE = 0.005
@@ -31,7 +31,7 @@ ENOUGH = 0.01
 
 _LEAST, _MOST = -9.0, 9.0
 _LONGEST_STEP = 1.5
-"""Of the logarithm of a price."""
+"""Of the logarithm of the size of levels."""
 
 _SLOPE = -0.8
 _SLOPES = (-2.0, -0.2)
@@ -83,15 +83,15 @@ def bits(trits_GRN: Tensor, code: str, dtype: torch.dtype) -> Tensor:
 def meet(
     target: float, weight_GRN: Tensor, rate: Callable[[Tensor, Tensor], Tensor], whole: Callable[[Tensor], Piece]
 ) -> Piece:
-    """What comes of the prices with which matrices take the bits that are asked for, or fewer if even free ones do.
+    """What comes of levels of the size with which matrices take the bits that are asked for, or fewer if they must.
 
-    Rows are quantised independently, so prices are found with a few of each matrix, from large to small ones.
+    Rows are quantised independently, so sizes are found with a few of each matrix, from large to small ones.
 
     Args:
         target: bits a weight.
         weight_GRN: matrices.
-        rate: bits a weight of some rows of each matrix at a price for each, [G].
-        whole: all rows, quantised at a price for each matrix; `bits_G` is looked at.
+        rate: bits a weight of some rows of each matrix at a size for each, [G].
+        whole: all rows, quantised at a size for each matrix; `bits_G` is looked at.
     """
     order_GR = weight_GRN.square().sum(2).argsort(1)
     rows = weight_GRN.shape[1]
@@ -122,12 +122,12 @@ def meet(
 
 
 def _guess(target: float) -> float:
-    """The logarithm of a price, a straight line through what normal weights need from 0.6 to 1.3 bits."""
+    """The logarithm of a size, a straight line through what normal weights need from 0.6 to 1.3 bits."""
     return 2.3 - 1.25 * target
 
 
 def _step(log_G: Tensor, rate_G: Tensor, slope_G: Tensor, target: float, close: float) -> Tensor:
-    """Logarithms of prices that should come nearer; those that are close already as they are."""
+    """Logarithms of sizes that should come nearer; those that are close already as they are."""
     missed_G = target - rate_G
     step_G = (missed_G / slope_G).clamp(-_LONGEST_STEP, _LONGEST_STEP)
     next_G = (log_G + step_G).clamp(_LEAST, _MOST)
