@@ -1,0 +1,1 @@
+"""Routing algorithms of the literature, one file per family of papers, behind one protocol (`protocol.Router`)."""
