@@ -32,7 +32,7 @@ from moectl.compress.pipeline.preflight import estimate
 from moectl.compress.pipeline.run import run as compress
 from moectl.compress.pipeline.settings import Settings
 from moectl.compress.quantise.method import Method, method
-from moectl.layerwise.malloc import give_back_large
+from moectl.layerwise.malloc import keep_little
 from moectl.layerwise.memory import resident
 
 MB = 1 << 20
@@ -75,7 +75,7 @@ def child(model: Path, sequences: int, limit: int, bits: float | None) -> None:
     _warm_up(how)
     settings = Settings(dense=DensePart(8, torch.bfloat16), micro_batch=4, batch_experts=8)
     token_BL = np.random.default_rng(0).integers(0, VOCABULARY, (sequences, 128))
-    give_back_large()
+    keep_little()
     before = resident("VmRSS") or 0
     expected = estimate(source, token_BL, how, settings)
     if limit:

@@ -88,7 +88,7 @@ def main() -> None:
         print(table(json.loads(RESULTS.read_text())["summary"]))
         return
     with tempfile.TemporaryDirectory() as scratch:
-        work = options.work or Path(scratch)
+        work = (options.work or Path(scratch)).resolve()
         rows = []
         for seed in options.seeds:
             place = work / f"seed-{seed}"
@@ -137,11 +137,11 @@ def tried(place: Path, entry: Entry, options: argparse.Namespace) -> dict[str, A
     for path in (out, place / "dense"):
         shutil.rmtree(path, ignore_errors=True)
     settings = {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}
-    settings |= {"LLM_COMPRESSOR_LOG_DISABLED": "true"}  # it would be written where this was started
     environment = {**os.environ, **settings, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     cores = sorted(os.sched_getaffinity(0))[: options.threads]
     bound = ["taskset", "--cpu-list", ",".join(map(str, cores))]
-    found = run([*bound, *to_quantise(place, entry, out, options.venvs)], env=environment)
+    # llm-compressor writes a log where it is started.
+    found = run([*bound, *to_quantise(place, entry, out, options.venvs)], env=environment, cwd=place)
     to_unpack(place, entry, out, plain, options.venvs, environment)
     row = score(place, plain)
     nbytes = stored_bytes(out)

@@ -11,6 +11,9 @@ import numpy as np
 
 from moectl.codecs.compiled import compiled
 
+CHUNK = 1 << 20
+"""Bits that are packed at once: while they are, each is a byte."""
+
 
 def packed(numbers: np.ndarray, bits: int) -> np.ndarray:
     """Rows of numbers [..., N] as rows of bytes, uint8 [..., ceil(N * bits / 8)].
@@ -21,8 +24,13 @@ def packed(numbers: np.ndarray, bits: int) -> np.ndarray:
     if numbers.dtype != np.uint8 or numbers.max(initial=0) >> bits:
         raise ValueError(f"numbers of {bits} bits are uint8 below {1 << bits}")
     *front, width = numbers.shape
-    row_bytes = np.zeros((prod(front), -(-width * bits // 8)), np.uint8)
-    _pack(np.ascontiguousarray(numbers).reshape(prod(front), width), bits, row_bytes)
+    number_RN, place_B = numbers.reshape(prod(front), width), np.arange(bits, dtype=np.uint8)
+    row_bytes = np.empty((len(number_RN), -(-width * bits // 8)), np.uint8)
+    rows = max(1, CHUNK // max(width * bits, 1))
+    for start in range(0, len(number_RN), rows):
+        bit_RNB = number_RN[start : start + rows, :, None] >> place_B & 1
+        bit_RC = bit_RNB.reshape(len(bit_RNB), width * bits)
+        row_bytes[start : start + rows] = np.packbits(bit_RC, axis=1, bitorder="little")
     return row_bytes.reshape(*front, row_bytes.shape[-1])
 
 
@@ -49,23 +57,6 @@ def looked_up(row_bytes: np.ndarray, bits: int, width: int, value_RSV: np.ndarra
     raw = np.ascontiguousarray(row_bytes).reshape(prod(front), length)
     _look_up(raw, bits, np.ascontiguousarray(value_RSV).view(unsigned), group, value_RN)
     return value_RN.view(value_RSV.dtype).reshape(*front, width)
-
-
-@compiled
-def _pack(number_RN: np.ndarray, bits: int, row_bytes: np.ndarray) -> None:
-    rows, width = number_RN.shape
-    for row in range(rows):
-        held, have, at = np.int64(0), 0, 0
-        for column in range(width):
-            held |= np.int64(number_RN[row, column]) << have
-            have += bits
-            if have >= 8:
-                row_bytes[row, at] = held & 255
-                held >>= 8
-                have -= 8
-                at += 1
-        if have:
-            row_bytes[row, at] = held
 
 
 @compiled

@@ -133,7 +133,7 @@ def test_no_codewords_reach_outside_the_matrix(data):
     start = np.cumsum(counts, dtype=np.int64) - counts
     values, out = np.ones((len(counts), 2), np.uint8), np.zeros((len(counts), width), np.uint8)
     known = len(plain_codes.phrases(number))
-    wrong = encoding._decode.py_func(codes, start, counts, table(number).entries, values, out)
+    wrong = encoding._decode.__wrapped__(codes, start, counts, table(number).entries, values, out)
     fits = [
         rows_match([plain_codes.phrases(number)[word] if word < known else "" for word in words], width)
         for words in (codes[first : first + count] for first, count in zip(start, counts, strict=True))

@@ -67,8 +67,8 @@ def test_no_inputs_are_as_good_as_a_hessian_of_zeros():
     without, cold = (chosen.quantise(weight, moments, None) for moments in (None, torch.zeros(2, 150, 150)))
     assert all(torch.equal(without[key], cold[key]) for key in without)
     step = without["scales_GRS"].float().repeat_interleave(128, 2)[..., :150]
-    near = (weight - chosen.dense(without)).abs() <= 0.51 * step
-    assert near.float().mean() > 0.95  # the others are beyond the grid, which is narrower than the weights
+    # A step at most: zero is a number of the grid, which moves both ends by up to half a step.
+    assert ((weight - chosen.dense(without)).abs() <= 1.02 * step).all()
 
 
 def plain_grid(weight_RN, bits, group):
@@ -80,12 +80,12 @@ def plain_grid(weight_RN, bits, group):
     return (((rows / scale + zero).round().clamp(0, 2**bits - 1) - zero) * scale).flatten(1)
 
 
-@pytest.mark.parametrize(("bits", "share"), [(2, 0.9), (3, 0.9), (4, 0.95)])
-def test_scales_that_are_searched_for_save_errors(bits, share):
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_without_inputs_a_grid_is_the_textbook_one(bits):
     weight, _ = correlated(1, 64, 256)
-    chosen = method(bits, dtype=BF16)
-    told = chosen.quantise(weight, None, None)["error_G"].item()
-    assert told < share * gptq_by_hand.error(weight[0], plain_grid(weight[0], bits, 128), np.eye(256))
+    chosen = method(bits, dtype=torch.float32)
+    textbook = plain_grid(weight[0], bits, 128)
+    torch.testing.assert_close(chosen.dense(chosen.quantise(weight, None, None))[0], textbook, atol=1e-5, rtol=0)
 
 
 def test_more_bits_and_smaller_groups_are_better_and_told():

@@ -19,6 +19,7 @@ from moectl.compress.pipeline.finite import overflow
 from moectl.compress.pipeline.ranks import Ranks
 from moectl.compress.pipeline.settings import Settings
 from moectl.compress.pipeline.stacks import candidates, experts_modules, is_direct
+from moectl.layerwise.malloc import give_back
 from moectl.layerwise.replay import Replay, Returned, Tokens
 from moectl.layerwise.stored import read_tree, write_tree
 
@@ -92,6 +93,8 @@ class LayerWork:
                 if not _hidden_states(after).isfinite().all():
                     raise overflow(self.replay, self.index)
                 write_tree(path, after)
+                del after
+                give_back()
             self.advance(0.75 + 0.25 * number / len(self.batches))
         self.ranks.wait()
 

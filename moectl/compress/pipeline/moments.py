@@ -16,7 +16,7 @@ from moectl.compress.pipeline.stacks import Stack
 from moectl.compress.pipeline.watch import Product, Watch
 from moectl.errors import InputError
 
-_ROWS = 8192
+_ROWS = 2048
 """Rows that experts are given at once."""
 
 _PER_TOKEN = {"LongcatFlashExperts": 2}

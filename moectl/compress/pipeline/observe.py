@@ -21,6 +21,7 @@ from moectl.compress.pipeline.stacks import Seen, Stack, stacks_of
 from moectl.compress.pipeline.watch import Product, Watch
 from moectl.errors import InputError, UsageError
 from moectl.layerwise.experts import choice
+from moectl.layerwise.malloc import give_back
 from moectl.layerwise.replay import Left
 from moectl.layerwise.stored import read_tree, write_tree
 from moectl.text import escape
@@ -64,6 +65,7 @@ def observe(work: LayerWork) -> Observed:
     for number in work.ranks.mine(len(work.batches)):
         if not work.file("seen", number).exists():
             write_tree(work.file("seen", number), _observe(work, number))
+            give_back()
         work.advance(0.25 * number / len(work.batches))
     work.ranks.wait()
     seen: dict[str, Seen] = {}

@@ -14,6 +14,8 @@ from moectl.compress.pipeline.layer import LayerWork
 from moectl.compress.pipeline.moments import Moments, from_choices, from_passes
 from moectl.compress.pipeline.observe import Observed, all_given, observe
 from moectl.compress.pipeline.report import MatrixReport, matrix_reports
+from moectl.compress.quantise.piece import Piece
+from moectl.layerwise.malloc import give_back
 from moectl.layerwise.stored import read_tree, write_tree
 
 
@@ -61,6 +63,7 @@ def _quantise_batch(work: LayerWork, observed: Observed, start: int) -> None:
             all_experts=settings.all_experts,
             gate_weighted=settings.gate_weighted,
         )
+    give_back()
     for place in todo:
         stack, hessian_GNN, counts_G = observed.stacks[place], moments.hessians[place], moments.counts[place]
         if not hessian_GNN.isfinite().all():
@@ -71,6 +74,8 @@ def _quantise_batch(work: LayerWork, observed: Observed, start: int) -> None:
         hessian_GNN[cold_G.to(hessian_GNN.device)] = 0
         piece = work.method.quantise(weight_GRN, None if cold_G.all() else hessian_GNN, counts_G)
         write_tree(work.file(f"piece-{place}", start), {"piece": piece, "looked_at": counts_G, "cold": cold_G})
+        del weight_GRN, piece
+        give_back()
 
 
 def _put(work: LayerWork, observed: Observed, starts: range) -> tuple[dict[str, Any], list[MatrixReport]]:
@@ -81,13 +86,19 @@ def _put(work: LayerWork, observed: Observed, starts: range) -> tuple[dict[str, 
         own = [start for start in starts if start < stack.experts]
         parts = [read_tree(work.file(f"piece-{place}", start)) for start in own]
         for start, part in zip(own, parts, strict=True):
-            stack.scatter(work.parameters, start, work.method.dense(part["piece"]))
+            for number in range(len(part["cold"])):  # all at once, in float32, would be more than the layer itself
+                stack.scatter(work.parameters, start + number, work.method.dense(_one(part["piece"], number)))
         if work.ranks.rank:
             continue
         piece = {key: torch.cat([part["piece"][key] for part in parts]) for key in parts[0]["piece"]}
         looked_at, cold = (torch.cat([part[key] for part in parts]) for key in ("looked_at", "cold"))
         found += matrix_reports(stack.names, (stack.outputs, stack.inputs), tokens_E, looked_at, cold, piece)
         for number, name in enumerate(stack.names):
-            one = piece if stack.stacked else {key: value[number : number + 1] for key, value in piece.items()}
+            one = piece if stack.stacked else _one(piece, number)
             tensors |= work.method.store(name, one, transposed=stack.transposed, stacked=stack.stacked)
     return tensors, found
+
+
+def _one(piece: Piece, number: int) -> Piece:
+    """That of one matrix."""
+    return {key: value[number : number + 1] for key, value in piece.items()}

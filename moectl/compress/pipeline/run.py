@@ -35,7 +35,7 @@ from moectl.compress.pipeline.settings import Settings
 from moectl.compress.pipeline.stacks import candidates
 from moectl.compress.quantise.piece import to_numpy
 from moectl.errors import InputError
-from moectl.layerwise.malloc import give_back_large
+from moectl.layerwise.malloc import keep_little
 from moectl.layerwise.replay import Replay, Tokens
 from moectl.layerwise.stored import write_whole
 from moectl.layerwise.whole import check_ids
@@ -70,7 +70,7 @@ def run(
     Raises:
         InputError: the model cannot be run layer by layer, or its weights or activations are not finite.
     """
-    give_back_large()
+    keep_little()
     with ranks() as here:
         settings = replace(settings, device=here.device(settings.device))
         replay = Replay.open(checkpoint, settings.dtype, settings.device)

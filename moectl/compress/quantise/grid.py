@@ -15,7 +15,7 @@ from torch import Tensor
 from moectl.codecs import grid
 from moectl.compress.quantise.gptq import Factor, factor, identity, strength, sweep
 from moectl.compress.quantise.piece import ROWS, Piece, check_finite, energy, relative_error, to_numpy
-from moectl.compress.quantise.scales import fitted, number
+from moectl.compress.quantise.scales import number, ranges
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Grid:
         strength_GN = plain.pivot_GN if hessian_GNN is None else strength(hessian_GNN, self.damping)
         order_GN = strength_GN.argsort(dim=1, descending=True, stable=True)
         factored = plain if hessian_GNN is None else factor(hessian_GNN, self.damping, order_GN)
-        parts = [self._rows(rows_GRN, factored, strength_GN, order_GN) for rows_GRN in weight_GRN.split(ROWS, 1)]
+        parts = [self._rows(rows_GRN, factored, order_GN) for rows_GRN in weight_GRN.split(ROWS, 1)]
         numbers_GRN, scales_GRS, points_GRS, zeros_GR, lost_GR, whole_GR = (
             torch.cat(part, 1) for part in zip(*parts, strict=True)
         )
@@ -59,11 +59,11 @@ class Grid:
             "fallback_G": factored.fallback_G,
         }
 
-    def _rows(self, weight_GRN: Tensor, factored: Factor, strength_GN: Tensor, order_GN: Tensor) -> tuple[Tensor, ...]:
+    def _rows(self, weight_GRN: Tensor, factored: Factor, order_GN: Tensor) -> tuple[Tensor, ...]:
         """Numbers, scales, points and shares of zeros of some rows, and energies of what is lost and of the rows."""
         count, rows, width = weight_GRN.shape
         group = self._group(width)
-        scale_GRS, point_GRS = fitted(weight_GRN, strength_GN, self.bits, group, self.symmetric, self.dtype)
+        scale_GRS, point_GRS = ranges(weight_GRN, self.bits, group, self.symmetric, self.dtype)
         scale_GSR, point_GSR = scale_GRS.mT.contiguous(), point_GRS.mT.contiguous()
         each_G, group_GN = torch.arange(count, device=order_GN.device), order_GN // group
 

@@ -24,7 +24,7 @@ Piece = dict[str, Tensor]
 """
 
 
-ROWS = 1024
+ROWS = 128
 """Rows of all matrices that are worked on at once: they are independent, and what is in memory for each is much."""
 
 
