@@ -57,18 +57,12 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """All that is compared; each peer in the setting that its own documentation has, and in that which lost less."""
+    """All that is compared: groups of 128 with a zero of their own, which every tool has."""
     found = []
     for bits in (4, 2):
-        found.append(Entry(MOECTL, bits, f"W{bits} g128", ("--bits", str(bits))))
-        for tool in ("llmc", "gptqmodel"):
-            for symmetric in (True, False):
-                kind = "symmetric" if symmetric else "asymmetric"
-                given = ("--bits", str(bits), "--group-size", "128", *(["--symmetric"] * symmetric))
-                found.append(Entry(tool, bits, f"W{bits} g128 {kind}", given))
-        for group in (128, 64):
-            given = ("--bits", str(bits), "--group-size", str(group))
-            found.append(Entry("hqq", bits, f"W{bits} g{group}", given))
+        given = ("--bits", str(bits))
+        found.append(Entry(MOECTL, bits, f"W{bits}", given))
+        found += [Entry(tool, bits, f"W{bits}", (*given, "--group-size", "128")) for tool in PACKAGES]
     found.append(Entry(MOECTL, None, "ternary", ()))
     found.append(Entry(MOECTL, None, "ternary, at most 0.99 bits", ("--bits", "0.99")))
     found.append(Entry(MOECTL, None, "ternary as in the paper", ("--qmoe-compat",)))

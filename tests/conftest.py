@@ -16,7 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share two cores
-for directory in ("checkpoint", "cli", "compress", "integrations", "../benchmarks"):
+for directory in ("checkpoint", "cli", "compress", "integrations", "traces", "../benchmarks"):
     sys.path.insert(0, str(Path(__file__).parent / directory))
 
 

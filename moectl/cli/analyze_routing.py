@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from moectl.cli import options, writing
+from moectl.cli import analyzing, options
 from moectl.errors import CheckFailed, UsageError
-
-if TYPE_CHECKING:
-    from moectl.routing.masking import Mask
-    from moectl.routing.report import Report
-    from moectl.routing.rerun import Losses
-    from moectl.routing.spelling import Spell
-    from moectl.routing.study import Study
-    from moectl.routing.weights import Alike
 
 BUILTIN = ("builtin:code", "builtin:prose", "builtin:arithmetic")
 
@@ -64,6 +55,40 @@ def analyze_routing(
     weights: Annotated[
         bool, typer.Option("--weights", help="Compare the experts' weights and the routers' rows too.")
     ] = False,
+    replay: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROUTERS",
+            help="Route the tokens again: switch:cf=1.25,expert-choice,deepseek-v3:groups=8,top=4. "
+            "`moectl routers` lists all.",
+            show_default=False,
+        ),
+    ] = None,
+    what_if: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="QUESTIONS",
+            help="all, or some of capacity, rectify, cache, prefetch, offload, placement, dynamic, parallelism, "
+            "all-to-all, node-limit, pruning, coalescing; cache:expert_mb=8,gb_per_s=25 has options.",
+            show_default=False,
+        ),
+    ] = None,
+    advise: Annotated[
+        bool, typer.Option("--advise", help="Say what to do with it on the machine of --gpus and so on.")
+    ] = False,
+    gpus: Annotated[int, typer.Option(min=1, help="Of that machine.")] = 8,
+    gpu_memory: Annotated[float, typer.Option(metavar="GB", help="Of each GPU.")] = 80.0,
+    link: Annotated[
+        str, typer.Option(metavar="RATE", help="Of a GPU to the other nodes, or to other GPUs if there is one node.")
+    ] = "50GB/s",
+    nodes: Annotated[int, typer.Option(min=1, help="That the GPUs are on.")] = 1,
+    placement: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json", help="Write a placement of the experts on --gpus for an engine.", show_default=False
+        ),
+    ] = None,
+    engine: Annotated[str, typer.Option(help="Who reads the placement: sglang, vllm or vllm-ascend.")] = "sglang",
     fail_on: Annotated[
         list[str] | None,
         typer.Option(
@@ -117,7 +142,9 @@ def analyze_routing(
     ] = None,
     seed: options.Seed = 0,
     revision: options.Revision = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the trace in DIR.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the trace in DIR, and the placement.")
+    ] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -125,7 +152,8 @@ def analyze_routing(
     what chance gives.
 
     The table has a row per layer; the verdict and what stands out go to stderr. With OTHER, both read the same text and
-    are compared token by token; of several, each with the last.
+    are compared token by token; of several, each with the last. --replay, --what-if and --advise answer from the trace,
+    with tables of their own in place of that.
     """
     from moectl.report import output
     from moectl.routing import gate
@@ -134,7 +162,10 @@ def analyze_routing(
 
     conditions = [gate.parse(text) for text in fail_on or ()]
     most = output.parse_size(trace_size)
-    _require_places(trace, html, overwrite)
+    analyzing.require_places(trace, html, placement, overwrite)
+    machine = {"gpus": gpus, "gpu_memory_gb": gpu_memory, "link": link, "nodes": nodes}
+    file = None if placement is None else {"path": placement, "engine": engine, "overwrite": overwrite}
+    asked = analyzing.asked(replay, what_if or [], machine, file, advise=advise)
     sources = [model, *(others or ())]
     run = [format is None and is_model(source) for source in sources]
     if not any(run) and (data or generate or layerwise):
@@ -162,146 +193,20 @@ def analyze_routing(
         "experts_implementation": experts_implementation,
         "seed": seed,
     }
-    masks = _masks(mask)
+    masks = analyzing.masks(mask)
     studies = [
-        _recorded(source, text, settings, revision, quiet) if runs else _read(source, format, facts)
+        analyzing.recorded(source, text, settings, revision, quiet) if runs else analyzing.opened(source, format, facts)
         for source, runs in zip(sources, run, strict=True)
     ]
     if not studies[0].recordings:
         return  # this process of torchrun is not the one that tells
-    losses = _losses(studies[0], text, masks, settings, quiet) if masks else None
-    similar = _alike(studies[0], quiet) if weights else []
+    losses = analyzing.masked(studies[0], text, masks, settings, quiet) if masks else None
+    similar = analyzing.alike(studies[0], quiet) if weights else []
     found = report(studies, losses=losses, weights=similar, adjacent=olmoe_compat, seed=seed)
-    files = _keep(found, studies[0], html, trace, tokenizer, overwrite)
-    _show(found, files, json=json, quiet=quiet, by_number=fixed_order)
+    found = analyzing.answered(found, studies[0], asked, seed, quiet)
+    files = analyzing.keep(found, studies[0], html, trace, tokenizer, overwrite)
+    analyzing.show(found, files, json=json, quiet=quiet, by_number=fixed_order)
     failed = [line for condition in conditions for line in gate.failures(condition, found.rows)]
     if failed:
         shown = "; ".join(failed[:5]) + (f"; and {len(failed) - 5} more" if len(failed) > 5 else "")
         raise CheckFailed(f"{shown}.", "--fail-on says so.", "Look at the table, or change the condition.")
-
-
-def _masks(texts: list[str] | None) -> list[Mask]:
-    if not texts:
-        return []
-    from moectl.routing.masks import parse
-
-    return [parse(text) for text in texts]
-
-
-def _recorded(source: str, data: tuple[str, ...], settings: dict[str, Any], revision: str | None, quiet: bool) -> Study:
-    """Run a model."""
-    from moectl.checkpoint.source import Checkpoint
-    from moectl.report import output
-    from moectl.routing.run import Settings, record
-    from moectl.routing.study import Study
-
-    checkpoint = Checkpoint.open(source, revision)
-    with output.progress("reading", settings["max_tokens"], quiet=quiet, unit="tokens") as advance:
-        recordings = record(
-            checkpoint, data, Settings(**settings), lambda text: output.note(text, quiet=quiet), advance
-        )
-    return Study(checkpoint.name, recordings, checkpoint)
-
-
-def _read(source: str, format: str | None, facts: dict[str, int | None]) -> Study:
-    """Read a trace."""
-    from moectl.routing.ingest.formats import read
-    from moectl.routing.study import Study
-
-    path = Path(source).expanduser()
-    return Study(path.resolve().name, read(path, format, **facts))
-
-
-def _losses(study: Study, data: tuple[str, ...], masks: list[Mask], settings: dict[str, Any], quiet: bool) -> Losses:
-    """Run the model again with masks."""
-    from moectl.report import output
-    from moectl.routing.rerun import masked_losses
-    from moectl.routing.run import Settings
-
-    assert study.checkpoint is not None
-    trace = next(iter(study.recordings.values())).trace
-    return masked_losses(
-        study.checkpoint, data, masks, Settings(**settings), trace, lambda text: output.note(text, quiet=quiet)
-    )
-
-
-def _alike(study: Study, quiet: bool) -> list[Alike]:
-    """Compare the experts' weights."""
-    from moectl.report import output
-    from moectl.routing.weights import alike
-
-    assert study.checkpoint is not None
-    layers = len(next(iter(study.recordings.values())).statistics.loads)
-    with output.progress("comparing weights", layers, quiet=quiet, unit="layers") as advance:
-        return alike(study.checkpoint, advance)
-
-
-def _require_places(trace: Path | None, html: Path | None, overwrite: bool) -> None:
-    """Refuse places that could not be written after all the work."""
-    from moectl.traces.store import require_place
-
-    if trace is not None:
-        require_place(trace, overwrite=overwrite)
-    writing.check_page(html)
-
-
-def _keep(
-    found: Report, study: Study, html: Path | None, trace: Path | None, tokenizer: str | None, overwrite: bool
-) -> list[Path]:
-    """Write what was asked for."""
-    from moectl.report import html as pages
-    from moectl.routing.page.render import render
-    from moectl.traces.store import save
-
-    if trace is not None:
-        save(study.recordings, trace, overwrite=overwrite)
-    if html is not None:
-        pages.write(html, render(found, _speller(study, tokenizer), _command()))
-    return [path for path in (trace, html) if path is not None]
-
-
-def _speller(study: Study, tokenizer: str | None) -> Spell | None:
-    """What makes text of the study's token ids: its own tokenizer, or that of a model that is named."""
-    from functools import partial
-
-    from moectl.checkpoint.source import Checkpoint
-    from moectl.layerwise.tokenizer import load_tokenizer
-    from moectl.routing.spelling import pieces
-
-    checkpoint = study.checkpoint if tokenizer is None else Checkpoint.open(tokenizer)
-    return None if checkpoint is None else partial(pieces, load_tokenizer(checkpoint))
-
-
-def _show(found: Report, files: list[Path], *, json: bool, quiet: bool, by_number: bool) -> None:
-    """The result on stdout, words and pictures on stderr."""
-    import shutil
-
-    from moectl.report import output
-    from moectl.routing import terminal
-    from moectl.routing.report import SCHEMA
-
-    width = max(40, min(shutil.get_terminal_size().columns, 140))
-    if json:
-        document: dict[str, Any] = {"command": _command(), "files": [str(path) for path in files], **found.to_json()}
-        output.emit_json(SCHEMA, document)
-    elif sys.stdout.isatty():
-        output.emit_table(*terminal.table(found.analysis, sys.stdout.encoding), terminal.TITLE)
-    else:
-        output.emit_table(*terminal.full(found))
-    sys.stdout.flush()
-    for warning in found.warnings:
-        output.warn(warning)
-    if quiet:
-        return
-    terminal.print_strip(found.analysis, sys.stderr, width, by_number=by_number)
-    for line in terminal.words(found, width):
-        output.note(line)
-    for path in files:
-        output.note(f"Written: {path}")
-    output.note(f"Again: {_command()}")
-
-
-def _command() -> str:
-    import shlex
-
-    return shlex.join(["moectl", *sys.argv[1:]])

@@ -28,6 +28,7 @@ from moectl.cli import (
     inspect,
     quickstart,
     recipe,
+    routers,
     train,
     upcycle,
     verify,
@@ -57,6 +58,7 @@ app.command("eval")(eval_.evaluate)
 app.command("analyze-routing")(analyze_routing.analyze_routing)
 app.command("average")(average.average)
 app.command("families")(families.families)
+app.command("routers")(routers.routers)
 app.command("train")(train.train)
 app.command("branch")(branch.branch)
 app.command("quickstart")(quickstart.quickstart)

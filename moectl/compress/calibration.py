@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from moectl.checkpoint.source import Checkpoint
-from moectl.compress.pairs import Ids, parts
 from moectl.errors import InputError, UsageError
+from moectl.layerwise.pairs import Ids, parts
 from moectl.text import escape
 
 BUILTIN = ("builtin:code", "builtin:prose", "builtin:arithmetic")

@@ -19,7 +19,6 @@ from moectl.codecs.checks import VERSION
 from moectl.compress.calibration import Calibration, calibration_tokens
 from moectl.compress.dense import DensePart
 from moectl.compress.export import foreseen
-from moectl.compress.pairs import Ids, model_inputs, parts
 from moectl.compress.pipeline.preflight import Estimate, estimate, require
 from moectl.compress.pipeline.report import reports, to_metadata
 from moectl.compress.pipeline.run import folder_of, run
@@ -29,6 +28,7 @@ from moectl.compress.qmoe import coded, exported, plan_qmoe
 from moectl.compress.qmoe_recipe import QmoeRecipe
 from moectl.compress.quantise.method import Method
 from moectl.errors import InputError
+from moectl.layerwise.pairs import Ids, model_inputs, parts
 from moectl.layerwise.skeleton import all_layers, build, read_config
 from moectl.layerwise.whole import check_ids, device_named, dtype_named
 from moectl.text import escape

@@ -9,7 +9,7 @@ from typing import Any
 
 from moectl.checkpoint.header import TensorRef
 from moectl.checkpoint.source import Checkpoint
-from moectl.families.components import COMPONENTS, component, experts_and_top_k
+from moectl.families.components import COMPONENTS, component, experts_and_top_k, within
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +92,12 @@ def _measure(label: str, refs: list[TensorRef], experts: int | None, top_k: int 
 
 
 def _architecture(config: dict[str, Any]) -> str | None:
-    names = config.get("architectures")
+    names = next((place["architectures"] for place in within(config) if place.get("architectures")), None)
     return str(names[0]) if isinstance(names, list) and names else None
 
 
 def _integer(config: dict[str, Any], *names: str) -> int | None:
-    text = config.get("text_config")
-    for place in (config, text if isinstance(text, dict) else {}):
+    for place in within(config):
         for name in names:
             if type(place.get(name)) is int:
                 return int(place[name])

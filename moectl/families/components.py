@@ -43,12 +43,17 @@ def component(name: str) -> str:
 
 def experts_and_top_k(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
     """The number of routed experts and of those active per token, wherever the config keeps them; None if nowhere."""
-    text = config.get("text_config")
-    places = [config, *([text] if isinstance(text, Mapping) else [])]
+    places = within(config)
 
     def first(names: tuple[str, ...]) -> int | None:
         values = (place.get(name) for place in places for name in names)
         return next((value for value in values if type(value) is int and value > 0), None)
 
-    top_k = _FIXED_TOP_K.get(str(config.get("model_type"))) or first(_TOP_K)
-    return first(_NUM_EXPERTS), top_k
+    top_k = next((_FIXED_TOP_K[kind] for place in places if (kind := place.get("model_type")) in _FIXED_TOP_K), None)
+    return first(_NUM_EXPERTS), top_k or first(_TOP_K)
+
+
+def within(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The places of a config.json where a field may stand: itself, and the config inside it, of text or of a base."""
+    inside = (config.get(name) for name in ("text_config", "base_config"))
+    return [config, *(place for place in inside if isinstance(place, Mapping))]

@@ -14,11 +14,25 @@ from moectl.text import escape
 CODED = "qmoe"
 """The `quant_method` of checkpoints whose experts are coded."""
 
+ROUTED = "moectl_routed"
+"""The `model_type` of research checkpoints."""
+
 
 def is_coded(checkpoint: Checkpoint) -> bool:
     """Whether the experts of a checkpoint are coded."""
     stated = checkpoint.config.get("quantization_config")
     return isinstance(stated, dict) and stated.get("quant_method") == CODED
+
+
+def is_routed(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is a research checkpoint, with a router of ours."""
+    return checkpoint.config.get("model_type") == ROUTED
+
+
+def make_known(checkpoint: Checkpoint) -> None:
+    """Have transformers know what only this package can load, if the checkpoint is such a one."""
+    if is_coded(checkpoint) or is_routed(checkpoint):
+        import moectl.integrations.transformers  # noqa: F401 - transformers knows what is ours by registration
 
 
 def from_pretrained(auto: Any, checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
@@ -31,8 +45,7 @@ def from_pretrained(auto: Any, checkpoint: Checkpoint, **options: Any) -> PreTra
         InputError: a key is missing, unexpected or of another shape, or a coded weight is damaged.
         Exception: whatever transformers raises.
     """
-    if is_coded(checkpoint):
-        import moectl.integrations.transformers  # noqa: F401 - transformers knows its methods by registration
+    make_known(checkpoint)
     fixed = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
     # Misfits would be an error of transformers' own; ignored, they come listed, to be refused with the others.
     model, info = auto.from_pretrained(

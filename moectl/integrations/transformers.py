@@ -15,6 +15,8 @@ be trained or sharded. Plain weights instead:
     config.quantization_config["dequantize"] = True
     model = AutoModelForCausalLM.from_pretrained(path, config=config)
 
+Research checkpoints, whose router is one of moectl's (`moectl train --router`), load in the same two ways.
+
 (Of a `quantization_config=` argument transformers ignores the `dequantize` of methods that are not its own.)
 """
 
@@ -33,11 +35,12 @@ from moe_kernels import expert_mlp
 from moe_kernels.ternary import ternary_mlp
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError
-from moectl.integrations.complete import from_pretrained
+from moectl.integrations.complete import ROUTED, from_pretrained
 from moectl.integrations.layout import arguments_of, has_post_norm, up_name
 from moectl.integrations.packing import pack, packed_of, refuse_gradients, unpack
 from moectl.integrations.qmoe.host import coded_experts
 from moectl.integrations.qmoe.quantizer import register as register_coded
+from moectl.integrations.routed.config import RoutedConfig
 
 __all__ = ["NAME", "experts_forward", "load", "pack", "unpack"]
 
@@ -104,3 +107,4 @@ def load(model: str | os.PathLike[str], revision: str | None = None, **options: 
 ExpertsInterface.register(NAME, experts_forward)
 FP8ExpertsInterface.register(NAME, fp8_experts_forward)
 register_coded()
+AutoConfig.register(ROUTED, RoutedConfig)

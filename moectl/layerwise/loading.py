@@ -109,15 +109,9 @@ class WeightLoader:
             self._set(name, self._empty[name])
 
     def _find_sources(self) -> dict[str, list[str]]:
-        """Name in memory -> names on disk, decided as transformers' loader decides it."""
-        renamings = [rule for rule in self._rules if isinstance(rule, WeightRenaming)]
-        converters = [rule for rule in self._rules if isinstance(rule, WeightConverter)]
-        prefix, state = self._model.base_model_prefix, self._model.state_dict()
+        """Name in memory -> names on disk."""
         sources: dict[str, list[str]] = defaultdict(list)
-        for name in sorted(self._checkpoint.tensors, key=dot_natural_key):
-            target, _ = rename_source_key(name, renamings, converters, prefix, state)
-            if target not in state and name in state:
-                target, _ = rename_source_key(name, [], [], prefix, state)
+        for name, target in names_in_memory(self._model, self._checkpoint.tensors, self._rules).items():
             sources[target].append(name)
         return dict(sources)
 
@@ -184,6 +178,21 @@ class WeightLoader:
     def _set(self, name: str, value: Tensor) -> None:
         path, _, leaf = name.rpartition(".")
         setattr(self._model.get_submodule(path), leaf, value)
+
+
+def names_in_memory(model: PreTrainedModel, names: Iterable[str], rules: list[Any] | None = None) -> dict[str, str]:
+    """Names on disk -> the names in memory of what they become part of, decided as transformers' loader decides it."""
+    rules = get_model_conversion_mapping(model) if rules is None else rules
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    prefix, state = model.base_model_prefix, model.state_dict()
+    targets = {}
+    for name in sorted(names, key=dot_natural_key):
+        target, _ = rename_source_key(name, renamings, converters, prefix, state)
+        if target not in state and name in state:
+            target, _ = rename_source_key(name, [], [], prefix, state)
+        targets[name] = target
+    return targets
 
 
 def _placeholder(value: Tensor, device: torch.device | str) -> Tensor:

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError
-from moectl.integrations.complete import is_coded
+from moectl.integrations.complete import is_coded, make_known
 from moectl.layerwise.quiet import quiet
 from moectl.text import escape, reason
 
@@ -19,6 +19,7 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     Raises:
         InputError: transformers does not know the architecture or refuses its values.
     """
+    make_known(checkpoint)
     try:
         with quiet():
             return AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)

@@ -7,6 +7,8 @@ from typing import Any
 
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError
+from moectl.families.components import within
+from moectl.integrations.complete import make_known
 from moectl.layerwise.quiet import quiet
 from moectl.text import escape, reason
 
@@ -19,6 +21,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """
     from transformers import AutoTokenizer
 
+    make_known(checkpoint)
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
@@ -67,7 +70,7 @@ def prefix(checkpoint: Checkpoint, tokenizer: Any) -> int:
 
 def _first_id(checkpoint: Checkpoint, tokenizer: Any, names: tuple[str, str]) -> int:
     for name in names:
-        for value in (getattr(tokenizer, name), checkpoint.config.get(name)):
+        for value in (getattr(tokenizer, name), *(place.get(name) for place in within(checkpoint.config))):
             first = value[0] if isinstance(value, list) and value else value
             if type(first) is int:
                 return first

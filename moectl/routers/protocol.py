@@ -157,7 +157,15 @@ def routing(
 
 def top(scores_TE: Tensor, top_k: int) -> Tensor:
     """The numbers of the k largest scores, the largest first, the lower number first among equals [T, K]."""
-    return scores_TE.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
+    if scores_TE.is_cuda or top_k >= scores_TE.shape[-1]:
+        return scores_TE.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
+    # On a CPU torch.topk takes half to a quarter of the time of a sort (E = 64 to 256), but orders equals as it likes:
+    # where the k + 1 largest have any, their rows are sorted after all.
+    best_TK, index_TK = scores_TE.detach().topk(top_k + 1)
+    tied_T = (best_TK[..., 1:] == best_TK[..., :-1]).any(-1)
+    if tied_T.any():
+        index_TK[tied_T] = scores_TE[tied_T].argsort(dim=-1, descending=True, stable=True)[..., : top_k + 1]
+    return index_TK[..., :top_k]
 
 
 def counts(index_TK: Tensor, num_experts: int) -> Tensor:

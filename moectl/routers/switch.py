@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from moectl.routers.capacity import capacity, kept
+from moectl.routers.choice import choose
 from moectl.routers.losses import load_balancing
-from moectl.routers.protocol import Context, Options, Router, Routing, routing, top, wide
+from moectl.routers.noise import jittered
+from moectl.routers.protocol import Context, Options, Router, Routing, routing, wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +19,14 @@ class SwitchOptions(Options):
 
     Attributes:
         capacity_factor: places per expert over tokens per expert; 0: no limit.
+        sequence_room: in place of a factor, places per expert in each sequence (transformers' `expert_capacity`, 64).
         jitter: training multiplies what the gate is given by U(1 - jitter, 1 + jitter).
         aux_loss: coefficient of the balancing loss.
     """
 
     top_k: int = 1
     capacity_factor: float = 1.25
+    sequence_room: int = 0
     jitter: float = 0.01
     aux_loss: float = 0.01
 
@@ -35,21 +38,19 @@ class Switch(Router):
 
     def score(self, hidden_TD: Tensor, context: Context) -> Tensor:
         """Router logits of the jittered input [T, E]."""
-        hidden_TD, jitter = wide(hidden_TD), self.options.jitter
-        if context.training and jitter:
-            drawn_TD = torch.empty_like(hidden_TD).uniform_(1 - jitter, 1 + jitter, generator=context.generator)
-            hidden_TD = hidden_TD * drawn_TD
-        return super().score(hidden_TD, context)
+        return super().score(jittered(hidden_TD, self.options.jitter, context), context)
 
     def route(self, scores_TE: Tensor, context: Context) -> Routing:
         """The choice, and in training the loss of eq. 4."""
         options = self.options
-        probability_TE = wide(scores_TE).softmax(-1)
-        index_TK = top(scores_TE, options.top_k)
-        weight_TK = probability_TE.gather(1, index_TK)
+        index_TK, weight_TK = choose(scores_TE, options.top_k)
         room_TK = None
-        if options.capacity_factor:
+        if options.sequence_room:
+            room_TK = kept(index_TK, self.num_experts, options.sequence_room, sequence_T=context.sequence_T)
+        elif options.capacity_factor:
             room = capacity(len(scores_TE), self.num_experts, options.top_k, options.capacity_factor)
             room_TK = kept(index_TK, self.num_experts, room)
-        loss = options.aux_loss * load_balancing(probability_TE, index_TK) if context.training else None
+        loss = None
+        if context.training:
+            loss = options.aux_loss * load_balancing(wide(scores_TE).softmax(-1), index_TK)
         return routing(index_TK, weight_TK, room_TK, loss)

@@ -17,6 +17,8 @@ from moectl.traces.change import Differences
 if TYPE_CHECKING:
     from moectl.routing.rerun import Losses
     from moectl.routing.weights import Alike
+    from moectl.routing.whatif.advise import Advice
+    from moectl.routing.whatif.finding import Finding
 
 SCHEMA = "moectl.analyze-routing/1"
 
@@ -31,6 +33,8 @@ class Report:
         courses: how routing settled over more than two checkpoints, of which `other` is the last, by stream.
         losses: of the first model under masks.
         weights: how alike its experts are, by layer, if that was asked for.
+        findings: what would have been, by stream: other routers, capacities, caches, placements.
+        advice: what to do with it on a machine, if that was asked for.
     """
 
     analysis: Analysis
@@ -39,6 +43,13 @@ class Report:
     courses: Mapping[str, Course] = field(default_factory=dict)
     losses: Losses | None = None
     weights: tuple[Alike, ...] = ()
+    findings: Mapping[str, Sequence[Finding]] = field(default_factory=dict)
+    advice: Advice | None = None
+
+    @property
+    def answered(self) -> bool:
+        """Whether more was asked than what happened."""
+        return bool(self.findings or self.advice)
 
     @property
     def cards(self) -> list[Card]:
@@ -76,6 +87,8 @@ class Report:
             "courses": {stream: found.to_json() for stream, found in self.courses.items()},
             "masks": None if self.losses is None else _losses(self.losses),
             "weights": [_alike(each) for each in self.weights],
+            "what_if": {stream: plain(found) for stream, found in self.findings.items()},
+            "advice": plain(self.advice),
         }
 
 

@@ -6,7 +6,8 @@
     STREAM.statistics.safetensors     what was counted over all tokens, also those that the trace has not
 
 STREAM is `decoder` or `encoder`; INDEX numbers the points in their order. Numbers of experts are int32 where there are
-more than 32,767. The directory appears by one rename, complete.
+more than 32,767. The directory appears by one rename, complete. Arrays are
+mapped, not read, so that a trace may be larger than memory.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
+from moectl.checkpoint.header import read_header
 from moectl.checkpoint.source import read_json
 from moectl.errors import InputError, UsageError
 from moectl.text import escape
@@ -30,6 +31,7 @@ from moectl.traces.trace import Point, Routed, RoutingTrace, Tokens
 
 SCHEMA = "moectl.trace/1"
 DESCRIPTION = "trace.json"
+_DTYPES = {"U8": "u1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +236,8 @@ def _fits(recording: Recording) -> bool:
     blocks = statistics.domain_B.shape
     shapes = [(array, tokens.token_T.shape) for array in of_tokens] + [(statistics.tokens_B, blocks)]
     for routed, counts in zip(recording.trace.layers, statistics.loads, strict=True):
+        if routed.index_TK.dtype.kind != "i":
+            return False
         per_block = (*blocks, routed.point.num_experts)
         shapes += [(array, per_block) for array in (counts.count_BE, counts.first_BE, counts.weight_BE)]
         shapes += [(routed.weight_TK, routed.index_TK.shape)]
@@ -250,10 +254,19 @@ def _fits(recording: Recording) -> bool:
 
 
 def _arrays(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file, mapped: they are read from disk when they are looked at, and cannot be written to."""
     try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise _damaged(file, str(error)) from error
+        refs = read_header(file)
+    except InputError as error:
+        raise InputError(error.what, "The trace is damaged.", "Capture it again.") from error
+    unknown = {ref.dtype for ref in refs.values()} - set(_DTYPES)
+    if unknown:
+        raise _damaged(file, f"it holds arrays of {', '.join(sorted(unknown))}")
+    data = np.memmap(file, np.uint8, mode="r").view(np.ndarray)
+    return {
+        name: data[ref.offset : ref.offset + ref.nbytes].view(_DTYPES[ref.dtype]).reshape(ref.shape)
+        for name, ref in refs.items()
+    }
 
 
 def _number(value: float) -> float | None:

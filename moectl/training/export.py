@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from moectl.checkpoint.expressions import Extent
 from moectl.checkpoint.fs import FileSystem
@@ -18,8 +18,9 @@ from moectl.checkpoint.plan import PROVENANCE, source_identity
 from moectl.checkpoint.provenance import SCHEMA, sha256_file
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import CheckFailed
-from moectl.integrations.complete import check_complete
+from moectl.integrations.complete import check_complete, is_routed
 from moectl.layerwise.quiet import quiet
+from moectl.layerwise.skeleton import read_config
 from moectl.text import escape
 from moectl.training.adapters import Adapter, Source, sources_of, write_adapter
 from moectl.training.model import load_model
@@ -36,9 +37,10 @@ def publish(
     root: Path,
     out: Path,
     *,
+    like: Source,
     overwrite: bool = False,
 ) -> None:
-    """Write the trained tensors as what the source is, check that it loads, rename it to `out`.
+    """Write the trained tensors as what `like` is, check that it loads, rename it to `out`.
 
     They come by their names in memory, an adapter's by those on disk.
 
@@ -50,7 +52,7 @@ def publish(
     fs = FileSystem()
     target = root / "model"
     fs.remove_tree(target)
-    written = write_adapter(source, tensors, target) if isinstance(source, Adapter) else _write(source, tensors, target)
+    written = write_adapter(like, tensors, target) if isinstance(like, Adapter) else _write(like, tensors, target)
     metrics = root / "train"
     if metrics.is_dir():
         shutil.copytree(metrics, target / metrics.name)
@@ -71,7 +73,8 @@ def _write(source: Checkpoint, tensors: dict[str, Any], target: Path) -> Checkpo
     model.load_state_dict(tensors)
     with quiet():
         model.save_pretrained(target, max_shard_size=SHARD_BYTES)
-    for side in source.side_files():
+    card = source.path / "README.md"
+    for side in [*source.side_files(), *([card] if is_routed(source) and card.exists() else [])]:
         shutil.copyfile(side, target / side.name)
     written = Checkpoint.open(target)
     _check_loads(written, source)
@@ -83,7 +86,8 @@ def _check_loads(written: Checkpoint, source: Checkpoint) -> None:
     if written.tensors.keys() == source.tensors.keys():
         return
     with quiet():
-        info = AutoModelForCausalLM.from_pretrained(
+        auto = AutoModelForSeq2SeqLM if read_config(written).is_encoder_decoder else AutoModelForCausalLM
+        info = auto.from_pretrained(
             written.path,
             device_map="meta",
             output_loading_info=True,

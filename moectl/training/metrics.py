@@ -108,7 +108,7 @@ def flops_per_token(model: nn.Module, blocks: Sequence[MoeBlock], top_k: int, se
     active = float(sum(parameter.numel() for parameter in model.parameters()))
     for block in blocks:
         experts = sum(parameter.numel() for parameter in block.experts.parameters())
-        active -= experts * (1 - top_k / block.num_experts)
+        active -= experts * (1 - block.share(top_k, sequence_length))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     if head is None or head.weight is not embedding.weight:
         active -= embedding.weight.numel()

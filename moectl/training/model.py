@@ -6,15 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from moectl.checkpoint.source import Checkpoint
 from moectl.data.chat import EncodeChat, chat_encoder
 from moectl.errors import InputError
-from moectl.integrations.complete import check_complete
+from moectl.families.components import within
+from moectl.integrations.complete import check_complete, make_known
+from moectl.layerwise.pairs import first_id, sentinel_ids, spans_apart, started
 from moectl.layerwise.quiet import quiet
 from moectl.layerwise.skeleton import read_config, unusable
+from moectl.layerwise.tokenizer import load_tokenizer
 from moectl.text import escape
 
 if TYPE_CHECKING:
@@ -36,7 +40,7 @@ def load_model(
     dtype: torch.dtype | str = torch.float32,
     distributed: Any = None,
 ) -> PreTrainedModel:
-    """The causal language model with every weight of the checkpoint, on the CPU, in training mode.
+    """The language model with every weight of the checkpoint, on the CPU, in training mode.
 
     Args:
         implementation: of the experts; None for transformers' default.
@@ -44,12 +48,13 @@ def load_model(
         distributed: a `DistributedConfig` of transformers, by which it is sharded and placed while it is loaded.
 
     Raises:
-        InputError: transformers cannot load it, it is quantised, an encoder-decoder, or keys are left over or missing.
+        InputError: transformers cannot load it, it is quantised, or keys are left over or missing.
     """
     check_trainable(source)
+    auto = AutoModelForSeq2SeqLM if read_config(source).is_encoder_decoder else AutoModelForCausalLM
     try:
         with quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = auto.from_pretrained(
                 source.path,
                 dtype=dtype,
                 experts_implementation=implementation,
@@ -69,13 +74,14 @@ def check_trainable(source: Checkpoint) -> None:
     """Refuse what the loop cannot train.
 
     Raises:
-        InputError: the checkpoint is quantised or an encoder-decoder, or transformers does not know it.
+        InputError: the checkpoint is quantised, or transformers does not know it.
     """
-    config = read_config(source)
-    if getattr(config, "quantization_config", None):
-        raise _untrainable(source, "is quantised", "Its weights have no gradients.")
-    if config.is_encoder_decoder:
-        raise _untrainable(source, "is an encoder-decoder", "The loop trains next-token prediction.")
+    if getattr(read_config(source), "quantization_config", None):
+        raise InputError(
+            f"{escape(source.name)} is quantised.",
+            "Its weights have no gradients.",
+            "Train the checkpoint it was made from.",
+        )
 
 
 def load_encoding(source: Checkpoint, *, chat: bool = False) -> Encoding:
@@ -84,6 +90,7 @@ def load_encoding(source: Checkpoint, *, chat: bool = False) -> Encoding:
     Raises:
         InputError: there is none, it names no end of text, it has more tokens than the model, or no usable template.
     """
+    make_known(source)
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
@@ -99,7 +106,7 @@ def load_encoding(source: Checkpoint, *, chat: bool = False) -> Encoding:
             "Documents are packed one after the other, with that token between them.",
             "Name an eos_token in tokenizer_config.json.",
         )
-    vocab_size = int(source.config.get("vocab_size") or 1 << 62)
+    vocab_size = next((int(place["vocab_size"]) for place in within(source.config) if place.get("vocab_size")), 1 << 62)
     if max(len(tokenizer), eos + 1) > vocab_size:
         raise InputError(
             f"The tokenizer of {escape(source.name)} has {len(tokenizer)} tokens, the model {vocab_size}.",
@@ -115,5 +122,38 @@ def load_encoding(source: Checkpoint, *, chat: bool = False) -> Encoding:
     return Encoding(encode, chat_encoder(tokenizer, source.name) if chat else None, int(eos))
 
 
-def _untrainable(source: Checkpoint, what: str, why: str) -> InputError:
-    return InputError(f"{escape(source.name)} {what}.", why, "Train the checkpoint it was made from.")
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """How rows of text become the sources and targets of an encoder-decoder: T5's span corruption.
+
+    Attributes:
+        sentinels: the ids that stand for spans.
+        first: what the decoder begins with.
+    """
+
+    sentinels: list[int]
+    first: int
+
+    def pairs(self, token_BL: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sources [B, S] and what the decoder reads and predicts [B, 1 + T]; the spans follow from the seed."""
+        source_BS, target_BT = spans_apart(token_BL, self.sentinels, seed)
+        return source_BS, started(target_BT, self.first)
+
+
+def load_spans(source: Checkpoint) -> Spans | None:
+    """The spans of an encoder-decoder; None for a decoder.
+
+    Raises:
+        InputError: its tokenizer has no sentinels.
+    """
+    config = read_config(source)
+    if not config.is_encoder_decoder:
+        return None
+    sentinels = sentinel_ids(load_tokenizer(source))
+    if not sentinels:
+        raise InputError(
+            f"The tokenizer of {escape(source.name)} has no token <extra_id_0>.",
+            "An encoder-decoder is trained to fill in spans of its text, and each is marked by such a token.",
+            "Give a model with T5's tokenizer, or add <extra_id_0>, <extra_id_1> and so on to this one.",
+        )
+    return Spans(sentinels, first_id(config))

@@ -36,9 +36,9 @@ def role_of(name: str, blocks: Sequence[MoeBlock]) -> Role:
     for block in blocks:
         if name.startswith(block.name + "."):
             inside = name.removeprefix(block.name + ".")
-            if inside.startswith(_EXPERTS):
-                return "experts"
-            return "router" if inside.startswith(_ROUTER) else "other"
+            if inside.startswith((*_EXPERTS, *_ROUTER)):
+                return "experts" if inside.startswith(_EXPERTS) else "router"
+            return "attention" if _ATTENTION.search(inside) else "other"
     return "attention" if _ATTENTION.search(name) else "other"
 
 

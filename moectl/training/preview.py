@@ -86,7 +86,7 @@ def preview(
     base, adapter = sources_of(source)[0], source if isinstance(source, Adapter) else None
     check_trainable(base)
     load_encoding(base, chat=recipe.has_chat)
-    model: nn.Module = build(base, torch.float32, "cpu")
+    model: nn.Module = build(base, torch.float32, "cpu", two_stacks=True)
     if adapter:
         model = attach(adapter, model)
     whole = learning(model) if adapter else {}

@@ -40,6 +40,7 @@ class TrainRecipe:
         only: what is trained, one of `parameters.ONLY`.
         aux_loss, z_loss: what the balancing loss and the z-loss of every MoE layer are multiplied with.
         bias_update: step of the selection biases, in families that have them.
+        router: what takes the place of the family's router, NAME[:OPTION=VALUE,...]; it brings its own losses.
         dtype: what matrix products are computed in (autocast); weights and optimiser are float32 either way.
         implementation: of the experts; None for moectl's kernels on a GPU and transformers' default on a CPU.
     """
@@ -61,6 +62,7 @@ class TrainRecipe:
     aux_loss: float = 0.01
     z_loss: float = 0.0
     bias_update: float = 0.0
+    router: str | None = None
     dtype: str = "float32"
     implementation: str | None = None
     seed: int = 0
@@ -90,6 +92,20 @@ class TrainRecipe:
             raise _bad("schedule", self.schedule, "one of " + ", ".join(SCHEDULES))
         if self.dtype not in DTYPES:
             raise _bad("dtype", self.dtype, "one of " + ", ".join(DTYPES))
+        if self.router is not None:
+            self._check_router(self.router)
+
+    def _check_router(self, router: str) -> None:
+        from moectl.layerwise.routed import one_router
+
+        one_router(router)
+        for name in ("aux_loss", "z_loss", "bias_update"):
+            if getattr(self, name):
+                raise UsageError(
+                    f"--{name.replace('_', '-')} is for the family's own router, and --router replaces that.",
+                    "A router has the losses and biases of its paper, with coefficients of its own.",
+                    f"Give them to it: --router {router.partition(':')[0]}:OPTION=VALUE; `moectl routers` lists them.",
+                )
 
     def check_processes(self, size: int) -> None:
         """Refuse a number of processes that no micro-batch can be shared out among.

@@ -6,7 +6,6 @@ is what the experts beside the router are given. Shapes: T tokens, E experts, K 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from moectl.errors import InputError
+from moectl.integrations.recorded import recorded_routers
+from moectl.integrations.routed.held import Held
 from moectl.text import escape
 
 BIASES = ("e_score_correction_bias", "expert_bias")
@@ -35,18 +36,20 @@ class MoeBlock:
         """How many routed experts there are: a row of the router each, wherever they are."""
         return next(len(weight) for weight in self.router.parameters() if weight.ndim == 2)
 
+    def share(self, top_k: int, sequence_length: int) -> float:
+        """Of the experts' work if every expert took every token, what they do."""
+        return top_k / self.num_experts
+
 
 def moe_blocks(model: nn.Module) -> list[MoeBlock]:
-    """The MoE layers of a model in their order; none in a dense model.
+    """The MoE layers of a model in their order, but for those with a router of ours; none in a dense model.
 
     Raises:
         InputError: transformers records this model's routers, but their experts are not beside them.
     """
-    recorded = _recorded_routers(model)
     blocks = []
-    for name, module in model.named_modules():
-        output = next((index for target, index in recorded if isinstance(module, target)), None)
-        if output is None:
+    for name, module, output in recorded_routers(model):
+        if isinstance(module, Held):
             continue
         path = name.rpartition(".")[0]
         block = model.get_submodule(path)
@@ -111,24 +114,10 @@ class RouterWatch:
             given = [value for value in (*arguments, *named.values()) if isinstance(value, Tensor)]
             chosen = next((value for value in given if not value.is_floating_point()), None)
             if chosen is not None:
-                self._load[layer] = torch.bincount(chosen.flatten(), minlength=block.num_experts)
+                is_mask = chosen.ndim == 3  # Switch's experts are given a mask [T, 1, E]
+                load_E = (
+                    chosen.sum((0, 1)) if is_mask else torch.bincount(chosen.flatten(), minlength=block.num_experts)
+                )
+                self._load[layer] = load_E
 
         return hook
-
-
-def _recorded_routers(model: nn.Module) -> list[tuple[type, int]]:
-    """The classes whose outputs transformers records as router logits, and at which place of the output."""
-    found: list[tuple[type, int]] = []
-    for module in model.modules():
-        table = getattr(module, "_can_record_outputs", None) or {}
-        for recorder in _as_list(table.get("router_logits")):
-            target = getattr(recorder, "target_class", recorder)
-            entry = (target, int(getattr(recorder, "index", 0)))
-            if isinstance(target, type) and entry not in found:
-                found.append(entry)
-    return found
-
-
-def _as_list(value: Any) -> Iterator[Any]:
-    if value is not None:
-        yield from value if isinstance(value, list | tuple) else (value,)

@@ -36,11 +36,12 @@ from moectl.training.checkpoints import Checkpoints, whole_model
 from moectl.training.export import publish
 from moectl.training.hold import claimed, discard, stoppable
 from moectl.training.metrics import Metrics, flops_per_token, load_cv, matmul_speed, max_vio
-from moectl.training.model import load_encoding
+from moectl.training.model import load_encoding, load_spans
 from moectl.training.optimizer import optimizer_of, schedule_of, set_rates
 from moectl.training.pesc import PescWatch, pesc_blocks, pesc_top_k
 from moectl.training.recipe import TrainRecipe
 from moectl.training.routers import RouterWatch, moe_blocks
+from moectl.training.routing import RoutedWatch, as_held, routed_blocks, routed_source
 from moectl.training.sharded import load_placed
 from moectl.training.step import Computed, Step
 from moectl.training.trackers import Tracker, check_trackers, recording
@@ -129,7 +130,8 @@ def train(
             discard(root, fingerprint)
         return Outcome(out, recipe.steps, 0.0, already=True)
     with claimed(root, fingerprint, recipe, world), stoppable() as stop:
-        run = Run(source, recipe, root, world, keep=keep, expert_parallel=expert_parallel)
+        begun = routed_source(source, recipe, root, world)
+        run = Run(begun, recipe, root, world, keep=keep, expert_parallel=expert_parallel)
         last = None
         with ExitStack() as records:
             told: list[Tracker] = []
@@ -150,7 +152,8 @@ def train(
                     return Outcome(out, run.step, perf_counter() - started, stop.number or signal.SIGTERM, last=last)
         tensors = saved(run.model) if isinstance(source, Adapter) else whole_model(run.model)
         if world.is_main:
-            publish(tensors, source, recipe, fingerprint, root, out, overwrite=overwrite)
+            like, tensors = as_held(source, begun, tensors)
+            publish(tensors, source, recipe, fingerprint, root, out, like=like, overwrite=overwrite)
         world.barrier()
     return Outcome(out, recipe.steps, perf_counter() - started, last=last)
 
@@ -173,6 +176,13 @@ def check(
             "--expert-parallel is for whole models, and this is an adapter.",
             "Every process holds the adapter whole; torchrun spreads its base model over them anyway.",
             "Leave --expert-parallel out.",
+        )
+    if recipe.router is not None and (isinstance(source, Adapter) or expert_parallel > 1):
+        what = "an adapter" if isinstance(source, Adapter) else "experts on several processes"
+        raise UsageError(
+            f"--router is not for {what}.",
+            "It takes the place of the routers of a whole model, whose experts are beside them.",
+            "Leave one of the two out.",
         )
     if recipe.bias_update and isinstance(source, Adapter):
         raise UsageError(
@@ -200,6 +210,7 @@ class Run:
         base = sources_of(source)[0]
         # First: that there is no tokenizer or no such file should not take the time to load a model to say.
         encoding = load_encoding(base, chat=recipe.has_chat)
+        self.spans = load_spans(base)
         self.checkpoints = Checkpoints(root / "checkpoints", world, keep=keep, trained_only=self.adapter is not None)
         self.step, places = self.checkpoints.where()
         self.places = places or [BEGINNING] * len(recipe.parts)
@@ -219,7 +230,8 @@ class Run:
         if self.adapter:
             self.model = attach(self.adapter, self.model)
         pesc = pesc_blocks(self.model) if self.adapter else []
-        blocks = pesc or moe_blocks(self.model)
+        routed = [] if pesc else routed_blocks(self.model)
+        blocks = pesc or routed or moe_blocks(self.model)
         trained = parameters.select(
             self.model,
             blocks,
@@ -230,7 +242,11 @@ class Run:
         total = sum(parameter.numel() for parameter in self.model.parameters())
         top_k = pesc_top_k(self.model) if pesc else _top_k(self.model)
         self.flops = flops_per_token(self.model, blocks, top_k, recipe.sequence_length)
-        self.watch = PescWatch(self.model, pesc) if pesc else RouterWatch(blocks) if blocks else None
+        self.watch: PescWatch | RoutedWatch | RouterWatch | None = None
+        if pesc:
+            self.watch = PescWatch(self.model, pesc)
+        elif blocks:
+            self.watch = RoutedWatch(blocks) if routed else RouterWatch(blocks)
         self.optimizer = optimizer_of(self.model, blocks, recipe)
         self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.schedule = schedule_of(self.optimizer, recipe)
@@ -252,10 +268,20 @@ class Run:
         rows = list(islice(self.rows, recipe.batch_size))
         # What a model draws (dropout, jitter) follows from the step and the process, so no generator has to be saved.
         torch.manual_seed(_seed(recipe.seed, self.step, self.world.rank))
+        if isinstance(self.watch, RoutedWatch):
+            self.watch.at(self.step / recipe.steps)
         token_BL, learnt_BL = (
             np.stack(part) for part in zip(*((row.token_L, row.learnt_L) for row in rows), strict=True)
         )
-        computed = self.compute.gradients(torch.from_numpy(token_BL), torch.from_numpy(learnt_BL))
+        source_BS = None
+        if self.spans:
+            source_BS, token_BL = self.spans.pairs(token_BL, _seed(recipe.seed, self.step, -1))
+            learnt_BL = np.ones_like(token_BL, dtype=bool)
+        computed = self.compute.gradients(
+            torch.from_numpy(token_BL),
+            torch.from_numpy(learnt_BL),
+            None if source_BS is None else torch.from_numpy(source_BS),
+        )
         loss = computed.loss + computed.aux + computed.z
         if not math.isfinite(loss):
             raise self._not_finite("loss", loss, rows)

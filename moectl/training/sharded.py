@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moectl.checkpoint.source import Checkpoint
+from moectl.errors import InputError
 from moectl.layerwise.loading import WeightLoader
 from moectl.layerwise.model import units
-from moectl.layerwise.skeleton import build, decoder_layers
+from moectl.layerwise.skeleton import build, decoder_layers, read_config
+from moectl.text import escape
 from moectl.training.expert_parallel import distributed_config
 from moectl.training.model import check_trainable, load_model
 from moectl.training.parameters import selection_biases
@@ -37,10 +39,17 @@ def load_placed(
         expert_parallel: over how many processes the experts of a layer are spread; 1 shards them like the rest.
 
     Raises:
-        InputError: transformers cannot load it, it is quantised, an encoder-decoder, or does not load completely.
+        InputError: transformers cannot load it, it is quantised, or does not load completely, or it is an
+            encoder-decoder and there are several processes.
         MachineError: the installed transformers cannot spread experts.
         UsageError: the processes do not divide into groups of that size.
     """
+    if world.size > 1 and read_config(source).is_encoder_decoder:
+        raise InputError(
+            f"{escape(source.name)} is an encoder-decoder.",
+            "It cannot be spread over processes: a model is sharded by the layers of its decoder.",
+            "Train it in one process, without torchrun.",
+        )
     if expert_parallel > 1:
         return load_model(source, implementation, distributed=distributed_config(world, expert_parallel))
     if world.size > 1:

@@ -20,6 +20,7 @@ from moectl.training.losses import load_balancing_loss, router_z_loss, selection
 from moectl.training.pesc import PescWatch
 from moectl.training.recipe import TrainRecipe
 from moectl.training.routers import RouterWatch
+from moectl.training.routing import RoutedWatch
 from moectl.training.world import World
 
 IGNORED = -100
@@ -44,15 +45,21 @@ class Step:
     """
 
     def __init__(
-        self, model: nn.Module, watch: RouterWatch | PescWatch | None, recipe: TrainRecipe, world: World
+        self,
+        model: nn.Module,
+        watch: RouterWatch | PescWatch | RoutedWatch | None,
+        recipe: TrainRecipe,
+        world: World,
     ) -> None:
         self.model = model
         self.watch = watch
         self.recipe = recipe
         self.world = world
 
-    def gradients(self, batch: Tensor, learnt: Tensor) -> Computed:
+    def gradients(self, batch: Tensor, learnt: Tensor, source: Tensor | None = None) -> Computed:
         """Forward and backward over the rows `[B, L]` of the whole step, of which this process takes its slices.
+
+        With `source` `[B, S]` they are what the decoder of an encoder-decoder reads.
 
         The loss is the mean over all tokens of the step that are `learnt` `[B, L]`, each predicted from those before.
         """
@@ -66,7 +73,11 @@ class Step:
         for first in range(0, len(batch), micro):
             start = first + self.world.rank * own
             token_BL, target_BL = (rows[start : start + own].to(self.world.device) for rows in (batch, target))
-            parts, load_LE = self._micro_batch(token_BL, target_BL, count)
+            inputs = {"input_ids": token_BL}
+            if source is not None:
+                given_BS = source[start : start + own].to(self.world.device)
+                inputs = {"input_ids": given_BS, "decoder_input_ids": token_BL}
+            parts, load_LE = self._micro_batch(inputs, target_BL, count)
             totals += parts
             if load_LE is not None:
                 load = load_LE if load is None else load + load_LE
@@ -87,6 +98,8 @@ class Step:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
+        if isinstance(self.watch, RoutedWatch) and computed.load is not None:
+            self.watch.after_step(computed.load)
         if self.recipe.bias_update and self.watch and computed.load is not None:
             for block, load_E in zip(self.watch.blocks, computed.load, strict=True):
                 if block.bias is not None:
@@ -94,14 +107,16 @@ class Step:
                     block.bias.data.add_(move_E.to(block.bias.device).view_as(block.bias))
         return value
 
-    def _micro_batch(self, token_BL: Tensor, target_BL: Tensor, count: float) -> tuple[Tensor, Tensor | None]:
+    def _micro_batch(self, inputs: dict[str, Tensor], target_BL: Tensor, count: float) -> tuple[Tensor, Tensor | None]:
         kind = self.world.device.type
         with torch.autocast(kind, torch.bfloat16, enabled=self.recipe.dtype == "bfloat16"):
-            logits_BLV = self.model(input_ids=token_BL, use_cache=False).logits
+            logits_BLV = self.model(**inputs, use_cache=False).logits
         logits_TV, target_T = logits_BLV[:, :-1].flatten(0, 1).float(), target_BL[:, 1:].flatten()
         loss = cross_entropy(logits_TV, target_T, ignore_index=IGNORED, reduction="sum") / count
         aux, z, load_LE = self._router_losses()
+        own = self.watch.loss if isinstance(self.watch, RoutedWatch) else None
         total = loss + self.recipe.aux_loss * aux + self.recipe.z_loss * z
+        total, aux = (total, aux) if own is None else (total + own, own)
         (total / self.recipe.accumulate).backward()
         zero = loss.new_zeros(())
         parts = torch.stack([(part if isinstance(part, Tensor) else zero).detach() for part in (loss, aux, z)])
@@ -117,7 +132,7 @@ class Step:
         z: Any = 0.0
         # What is not switched on is measured all the same, but without a graph.
         with torch.set_grad_enabled(bool(self.recipe.aux_loss)):
-            for logits_TE, load_E in zip(logits, load_LE, strict=True):
+            for logits_TE, load_E in zip(logits, load_LE, strict=False):  # routers of ours come after, without logits
                 aux = aux + load_balancing_loss(logits_TE, load_E[: logits_TE.shape[-1]])
         with torch.set_grad_enabled(bool(self.recipe.z_loss)):
             for logits_TE in logits:

@@ -16,10 +16,10 @@ from qmoe_runs import COUNTING, SMALL, compress, made_moe, memory, texts
 
 from moectl.checkpoint.source import Checkpoint
 from moectl.compress.calibration import Calibration
-from moectl.compress.pairs import model_inputs, sentinel_ids, spans_apart
 from moectl.compress.pipeline import preflight
 from moectl.data.tokens import byte_tokenizer
 from moectl.families.tiny_moe import tiny_moe
+from moectl.layerwise.pairs import model_inputs, sentinel_ids, spans_apart
 from moectl.layerwise.quiet import quiet
 from moectl.layerwise.tokenizer import load_tokenizer
 

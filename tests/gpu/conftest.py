@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-for directory in ("kernels", "kernels/interpreted"):
+for directory in ("kernels", "kernels/interpreted", "routers"):
     sys.path.insert(0, str(Path(__file__).parent.parent / directory))
 
 collect_ignore_glob = [] if torch.cuda.is_available() else ["test_*.py"]

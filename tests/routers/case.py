@@ -39,6 +39,8 @@ class Case:
         room: the most assignments an expert takes, given the number of tokens; None: no limit.
         numerical: whether gradients are those of the function; False for estimators, which have tests of their own.
         why: of what does not hold.
+        num_experts: of the router.
+        width: of its scores, where some stand for experts beyond `num_experts`; None: `num_experts`.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Case:
     numerical: bool = True
     why: str = ""
     num_experts: int = EXPERTS
+    width: int | None = None
 
     @property
     def label(self) -> str:
@@ -72,7 +75,7 @@ class Case:
 
     def given(self, tokens: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
         """Independent normal scores [T, E], or hidden states [T, D]."""
-        width = HIDDEN if self.by_hidden else self.num_experts
+        width = HIDDEN if self.by_hidden else self.width or self.num_experts
         return torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
     def run(self, router: Router, given: Tensor, context: Context) -> Any:

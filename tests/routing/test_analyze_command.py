@@ -23,6 +23,7 @@ from moectl.errors import CheckFailed, InputError, UsageError
 from moectl.families.tiny import tiny_model
 from moectl.families.tiny_moe import tiny_moe
 from moectl.routing.spelling import UNFINISHED, pieces
+from moectl.routing.whatif.registry import WHAT_IFS
 from moectl.traces.store import load
 
 PROGRAM = str(Path(sys.executable).with_name("moectl"))
@@ -230,3 +231,73 @@ def test_pieces_put_together_are_the_text() -> None:
     found = pieces(tokenizer, tokenizer(text).input_ids)
     assert "".join(piece for piece in found if piece != UNFINISHED) == text
     assert found.count(UNFINISHED) == 3, "one byte before the last of ï, two of 水"
+
+
+@pytest.fixture(scope="module")
+def traced(place: Path) -> Path:
+    """The trace of a model of three layers, eight experts."""
+    path = place / "asked"
+    done = CliRunner().invoke(
+        app, ["analyze-routing", str(place / "moe"), "--trace", str(path), "--data", str(place / "sums.jsonl"), "-q"]
+    )
+    assert done.exit_code == 0, done.output
+    return path
+
+
+def test_other_routers_on_a_trace(traced: Path) -> None:
+    found = rows(run(str(traced), "--replay", "mixtral,switch:cf=1.25,deepseek-v3:groups=2,top=1", "-q"))
+    assert [row["router"] for row in found] == [
+        "the model",
+        "mixtral",
+        "switch:cf=1.25",
+        "deepseek-v3:groups=2,top=1",
+    ]
+    assert float(found[1]["overlap"]) > 0.99 > float(found[3]["overlap"])
+
+
+def test_every_what_if_in_a_table_a_page_and_json(traced: Path) -> None:
+    names = [each.name for each in WHAT_IFS]
+    done = run(str(traced), "--what-if", "all", "--gpus", "4", "--html", "asked.html", "--json", "-q")
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    found = document["what_if"]["decoder"]
+    assert [each["name"] for each in found] == names
+    assert all(each["headline"] and each["rows"] and each["assumptions"] for each in found)
+    blocks = run(str(traced), "--what-if", "coalescing,cache:expert_mb=1", "-q").stdout.split("\n\n")
+    assert [block.split("\t")[0] for block in blocks] == ["layer", "policy"]
+    assert all(each["headline"].split()[0] in Path("asked.html").read_text() for each in found)
+
+
+def test_advice_and_a_placement_that_an_engine_reads(traced: Path) -> None:
+    done = run(
+        str(traced), "--advise", "--gpus", "4", "--gpu-memory", "24", "--link", "400Gb/s", "--placement", "where.json"
+    )
+    assert done.exit_code == 0, done.output
+    assert "--init-expert-location where.json" in done.stderr and "advice\trests on" in done.stdout
+    slots = json.loads(Path("where.json").read_text())["physical_to_logical_map"]
+    assert all(sorted(set(row)) == list(range(8)) for row in slots)
+    again = run(str(traced), "--placement", "where.json")
+    assert isinstance(again.exception, UsageError) and "exists" in str(again.exception)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--replay", "nobody"),
+        ("--replay", "switch:cf"),
+        ("--what-if", "nothing"),
+        ("--what-if", "cache:colour=red"),
+        ("--what-if", "cache:expert_mb=many"),
+        ("--advise", "--link", "fast"),
+        ("--advise", "--gpus", "3", "--nodes", "2"),
+        ("--placement", "where.txt"),
+    ],
+)
+def test_questions_that_make_no_sense(traced: Path, arguments: tuple[str, ...]) -> None:
+    done = run(str(traced), *arguments)
+    assert isinstance(done.exception, UsageError), done.output
+
+
+def test_the_help_names_every_what_if() -> None:
+    told = re.sub(r"\s+", "", run("--help").stdout)
+    assert all(each.name in told for each in WHAT_IFS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import shutil
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 from small_traces import random_trace, traces
 
 from moectl.errors import InputError, UsageError
@@ -75,6 +77,26 @@ def test_a_trace_is_replaced_when_asked_and_nothing_else_ever(tmp_path: Path) ->
     save(recordings, tmp_path / "trace", overwrite=True)
     with pytest.raises(UsageError, match="exists"):
         save(recordings, tmp_path, overwrite=True)
+
+
+def test_what_is_loaded_is_mapped_and_read_only_where_it_is_looked_at(tmp_path: Path) -> None:
+    traced = random_trace(0, [3], 4, 2)
+    save({"decoder": Recording(statistics_of(traced), traced)}, tmp_path / "trace")
+    array = score_TE = load(tmp_path / "trace")["decoder"].trace.layers[0].score_TE
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    assert isinstance(array.base, mmap.mmap) and not score_TE.flags.writeable
+
+
+@pytest.mark.parametrize(
+    "arrays", [{"0.index": np.zeros((3, 2), np.uint32)}, {"0.index": np.zeros((3, 2), np.float16)}]
+)
+def test_arrays_of_another_type_are_refused(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
+    traced = random_trace(0, [3], 4, 2, layers=1)
+    save({"decoder": Recording(statistics_of(traced), traced)}, tmp_path / "trace")
+    save_file(arrays, tmp_path / "trace" / "decoder.layers.safetensors")
+    with pytest.raises(InputError, match=r"U32|fit together"):
+        load(tmp_path / "trace")
 
 
 @pytest.mark.parametrize("file", ["decoder.tokens.safetensors", "decoder.layers.safetensors", "trace.json"])

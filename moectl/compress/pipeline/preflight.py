@@ -16,12 +16,12 @@ from torch import nn
 
 from moectl.checkpoint.fs import free_bytes
 from moectl.checkpoint.source import Checkpoint
-from moectl.compress.pairs import Ids, parts
 from moectl.compress.pipeline.settings import Settings
 from moectl.compress.pipeline.stacks import candidates, experts_modules, is_direct
 from moectl.errors import MachineError
 from moectl.families.components import experts_and_top_k
 from moectl.layerwise.memory import available_memory, resident
+from moectl.layerwise.pairs import Ids, parts
 from moectl.layerwise.skeleton import all_layers, build
 from moectl.report.output import size
 from moectl.text import escape

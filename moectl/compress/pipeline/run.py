@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from moectl.checkpoint.kept import identity
 from moectl.checkpoint.source import Checkpoint
 from moectl.compress.calibration import tokens_identity
-from moectl.compress.pairs import Ids, parts
 from moectl.compress.pipeline.finite import require_finite
 from moectl.compress.pipeline.layer import LayerWork, left_file
 from moectl.compress.pipeline.quantise import quantise
@@ -36,6 +35,7 @@ from moectl.compress.pipeline.stacks import candidates
 from moectl.compress.quantise.piece import to_numpy
 from moectl.errors import InputError
 from moectl.layerwise.malloc import keep_little
+from moectl.layerwise.pairs import Ids, parts
 from moectl.layerwise.replay import Replay, Tokens
 from moectl.layerwise.stored import write_whole
 from moectl.layerwise.whole import check_ids

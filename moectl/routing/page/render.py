@@ -1,4 +1,4 @@
-"""The page put together: verdict, heat map with a page per expert, text, domains, pairs, flow, comparison, how sure."""
+"""The page put together: verdict, advice, heat map with a page per expert, text, domains, pairs, flow, what-ifs, ..."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from moectl.routing.page import figures
 from moectl.routing.page.comparison import alike, comparison, courses, masked, shortened
 from moectl.routing.page.payload import FIGURES, payload, spread
 from moectl.routing.page.sureness import NULLS, facts
+from moectl.routing.page.what_if import advised, what_ifs
 from moectl.routing.report import Report
 from moectl.routing.spelling import Spell
 from moectl.routing.verdict import SIGNS, Card
 from moectl.text import escape as visible
 
-HERE = Path(__file__).parent
+STYLES = ("explore.css", "what_if.css")
+SCRIPTS = ("explore.js", "what_if.js")
 
 INTRODUCTION = (
     "A dashed line is what chance gives. Click a cell of the map, or move the slider, to see a layer and an expert."
@@ -46,11 +48,13 @@ def render(found: Report, spell: Spell | None = None, command: str = "") -> str:
         command: that makes the page again.
     """
     analysis, cards = found.analysis, found.cards
-    parts: list[Part] = [_cards(cards), *_surprises(found), Paragraph(INTRODUCTION)]
+    advice = [] if found.advice is None else advised(found.advice)
+    parts: list[Part] = [_cards(cards), *advice, *_surprises(found), Paragraph(INTRODUCTION)]
     for number, stream in enumerate(analysis.streams):
         if len(analysis.streams) > 1:
             parts.append(Heading(stream.name.capitalize()))
         parts.append(Raw(_explored(number, stream, len(analysis.streams))))
+    parts += what_ifs(found)
     if found.other is not None and found.differences is not None:
         parts += comparison(analysis, found.other, found.differences)
     parts += courses(found.courses)
@@ -61,8 +65,12 @@ def render(found: Report, spell: Spell | None = None, command: str = "") -> str:
     parts += [Heading("All layers"), *(_table(stream) for stream in analysis.streams)]
     parts += [Heading("How sure"), Facts(list(facts(found, command))), Heading("What chance means here"), Facts(NULLS)]
     data = f'<script type="application/json" id="routing">{payload(analysis, spell)}</script>'
-    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("explore.css", "explore.js"))
+    style, script = ("".join(map(_read, names)) for names in (STYLES, SCRIPTS))
     return page(_title(cards), _lead(found), [*parts, Raw(data)], style=style, script=script)
+
+
+def _read(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
 def _title(cards: Sequence[Card]) -> str:

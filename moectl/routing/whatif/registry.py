@@ -46,7 +46,10 @@ WHAT_IFS: tuple[WhatIf, ...] = (
     ),
     WhatIf("placement", "How even is the load of GPUs?", "placement", papers=("2412.19437",)),
     WhatIf(
-        "dynamic", "What do shadowing, migration and prediction gain?", "dynamic", papers=("PPoPP 2022", "2304.03946")
+        "dynamic",
+        "What do shadowing, migration and prediction gain?",
+        "dynamic",
+        papers=("PPoPP 2022", "2304.03946", "ATC 2023"),
     ),
     WhatIf("parallelism", "Which parallelism suits the loads?", "parallelism", papers=("2206.03382", "2201.05596")),
     WhatIf(

@@ -1,4 +1,4 @@
-"""What an encoder-decoder is calibrated on: sources and what its decoder reads, made of sequences of text.
+"""What an encoder-decoder is calibrated and trained on: sources and what its decoder reads, made of rows of text.
 
 Legend: B sequences of text, L tokens each; S tokens of a source, T of a target.
 """
@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from moectl.checkpoint.source import Checkpoint
+from moectl.layerwise.skeleton import read_config
+from moectl.layerwise.tokenizer import load_tokenizer
 
 NOISE, SPAN = 0.15, 3
 """The share of a text that is taken out of it, and the mean length of a piece (T5, arXiv 1910.10683, section 3.3.4)."""
@@ -33,16 +35,17 @@ def model_inputs(source: Checkpoint, token_BL: np.ndarray) -> Ids:
     Raises:
         InputError: transformers cannot use its configuration, or it has no tokenizer.
     """
-    from moectl.layerwise.skeleton import read_config
-    from moectl.layerwise.tokenizer import load_tokenizer
-
     config = read_config(source)
     if not config.is_encoder_decoder:
         return token_BL
     sentinels = sentinel_ids(load_tokenizer(source))
     source_BS, target_BT = spans_apart(token_BL, sentinels) if sentinels else (token_BL, token_BL[:, :-1])
-    start_B1 = np.full((len(token_BL), 1), _first_id(config), token_BL.dtype)
-    return source_BS, np.concatenate([start_B1, target_BT], axis=1)
+    return source_BS, started(target_BT, first_id(config))
+
+
+def started(target_BT: np.ndarray, first: int) -> np.ndarray:
+    """Targets after the id that a decoder begins with [B, 1 + T]: each token is predicted from those before it."""
+    return np.concatenate([np.full((len(target_BT), 1), first, target_BT.dtype), target_BT], axis=1)
 
 
 def sentinel_ids(tokenizer: Any) -> list[int]:
@@ -80,7 +83,7 @@ def spans_apart(token_BL: np.ndarray, sentinels: list[int], seed: int = 0) -> tu
     return np.stack(sources), np.stack(targets)
 
 
-def _first_id(config: Any) -> int:
+def first_id(config: Any) -> int:
     """What a decoder's input begins with; T5 begins with padding."""
     found = (getattr(config, name, None) for name in ("decoder_start_token_id", "pad_token_id"))
     return next((value for value in found if isinstance(value, int)), 0)

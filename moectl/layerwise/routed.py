@@ -1,0 +1,212 @@
+"""A plan with another router: the same tensors but for those of the routers, as a research checkpoint.
+
+What a plan writes for a family is taken as it is. Where a router stood there are the parameters of the new one, drawn
+by torch as its paper has them, in a file of their own that the plan copies from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from moectl.checkpoint.card import inherited
+from moectl.checkpoint.expressions import Copy, Expression
+from moectl.checkpoint.plan import OutputTensor, Plan, planned
+from moectl.checkpoint.source import Checkpoint
+from moectl.errors import UsageError
+from moectl.families.components import experts_and_top_k
+from moectl.integrations.complete import ROUTED
+from moectl.integrations.routed.config import with_router
+from moectl.integrations.routed.install import check_fit, install
+from moectl.layerwise.loading import names_in_memory
+from moectl.layerwise.quiet import quiet
+from moectl.routers.registry import find
+from moectl.routers.spelling import Named, parse
+from moectl.text import escape
+
+FROM_CONFIG = {"groups": "n_group", "top_groups": "topk_group", "scale": "routed_scaling_factor"}
+"""Options whose default is the model's own where its family has them, and what its config calls them."""
+
+
+def one_router(text: str) -> Named:
+    """The router that is written `NAME[:OPTION=VALUE,...]`, if it can be part of a model.
+
+    Raises:
+        UsageError: it is none, several, or not for a model.
+    """
+    found = parse(text)
+    if len(found) != 1:
+        raise UsageError(f"--router {escape(text)} names {len(found)} routers.", "A model has one.", "Give one.")
+    check_fit(found[0].entry)
+    return found[0]
+
+
+def router_of(text: str, config: PreTrainedConfig) -> dict[str, Any]:
+    """The name and all options of a router as it is put into a model of that config.
+
+    What is not given is the router's own default, but for three things that a model brings along: how many experts a
+    token takes (unless the router is made for one), the groups and the scale of families that have them, and the
+    size of the vocabulary.
+
+    Raises:
+        UsageError: as `one_router`, or there is no such option.
+    """
+    named = one_router(text)
+    own = named.entry.load().Options()
+    stated = config.get_text_config(decoder=True)
+    defaults = {name: getattr(stated, theirs) for name, theirs in FROM_CONFIG.items() if getattr(stated, theirs, None)}
+    defaults["vocab_size"] = stated.vocab_size
+    defaults["decide"] = "predictor"  # Mixture-of-Depths: in use no token knows of later ones
+    top_k = experts_and_top_k(stated.to_dict())[1]
+    if own.top_k != 1 and top_k and named.entry.name != "peer":
+        defaults["top_k"] = top_k
+    if "groups" not in defaults and "n_group" not in stated.to_dict():
+        defaults |= {"groups": 1, "top_groups": 1}
+    return {"name": named.entry.name, "options": asdict(named.options(**defaults))}
+
+
+def plan_of(source: Checkpoint) -> Plan:
+    """The plan that writes a checkpoint as it is."""
+    tensors = tuple(planned(name, Copy(name), (source,)) for name in source.tensors)
+    facts = {"family": source.model_type, "source_family": source.model_type}
+    return Plan((source,), tensors, {"method": "copy"}, source.config, facts=facts)
+
+
+def routed_plan(plan: Plan, text: str, place: Path, seed: int = 0) -> Plan:
+    """The plan with another router, whose parameters are written to `place`/routers.safetensors and copied from there.
+
+    A gate of the same shape as the family's begins as that one does; everything else is drawn, by the seed.
+
+    Raises:
+        InputError: the model has no MoE layers, or their routers cannot be replaced.
+        UsageError: as `router_of`, or the model is a research checkpoint already.
+    """
+    if plan.config["model_type"] == ROUTED:
+        name = plan.config["router"]["name"]
+        raise UsageError(
+            f"The model is routed by {name} already.",
+            "What a second router should take over from it is not known.",
+            "Train it as it is, without --router, or give the checkpoint it was made from.",
+        )
+    config = CONFIG_MAPPING[plan.config["model_type"]].from_dict(dict(plan.config))
+    router = router_of(text, config)
+    base, routed = _on_meta(config), _on_meta(config)
+    with torch.device("meta"):
+        parts = install(routed, router)
+    before, after = base.state_dict(), routed.state_dict()
+    targets = names_in_memory(base, [tensor.name for tensor in plan.tensors])
+    added = {name: value for name, value in after.items() if name not in before}
+    kept = _kept_gates(plan.tensors, targets, before, added)
+    place.mkdir(parents=True, exist_ok=True)
+    file = place / "routers.safetensors"
+    save_file({name: value for name, value in _drawn(parts, seed) if name not in kept}, file)
+    sources = (*plan.sources, Checkpoint.of_file(file))
+    tensors = [tensor for tensor in plan.tensors if targets[tensor.name] not in before.keys() - after.keys()]
+    for name, value in sorted(added.items()):
+        on_disk = next(iter(revert_weight_conversion(routed, {name: value})))
+        drawn = Copy(name, len(sources) - 1)
+        tensors.append(planned(on_disk, kept.get(name, drawn), sources, "F32" if name in kept else None))
+    return replace(
+        plan,
+        sources=sources,
+        tensors=tuple(tensors),
+        recipe={**plan.recipe, "router": router, "router_seed": seed},
+        config=json.loads(with_router(config, **router).to_json_string()),
+        files={"README.md": card(plan.sources[0], router)},
+        facts={
+            **plan.facts,
+            "parameters": sum(value.numel() for value in after.values()),
+            "router": router["name"],
+            "exact": False,
+        },
+    )
+
+
+def card(source: Checkpoint, router: Mapping[str, Any]) -> str:
+    """The model card of a research checkpoint: what it is, in its first lines, and how it is loaded."""
+    entry = find(router["name"])
+    papers = ", ".join(
+        f"[arXiv {paper}](https://arxiv.org/abs/{paper})" for paper in entry.papers if paper[0].isdigit()
+    )
+    options = ", ".join(f"`{name}={value}`" for name, value in router["options"].items())
+    lines = [
+        "---",
+        "tags: [moe, moectl, research]",
+        *inherited(source),
+        "---",
+        "",
+        f"# Research checkpoint: {escape(source.name)} with the router {entry.name}",
+        "",
+        "**No class of transformers has this router, so transformers, vLLM and others refuse the checkpoint.**",
+        "It loads with moectl:",
+        "",
+        "```python",
+        "from moectl.integrations.transformers import load",
+        "",
+        "model = load(path)",
+        "```",
+        "",
+        f"Its MoE layers are routed by {entry.title}{f' ({papers})' if papers else ''}, with {options}.",
+    ]
+    if not entry.causal and router["options"].get("decide", "top") == "top":
+        lines += [
+            "",
+            "**The router is not causal:** where a token goes depends on tokens that come after it. A loss that is",
+            "measured on whole texts knows something of what it predicts, and text that is generated token by token is",
+            "routed in another way than text that is read.",
+        ]
+    if not entry.verified:
+        lines += ["", "The router was written from memory and is unverified."]
+    return "\n".join(lines) + "\n"
+
+
+def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with quiet(), torch.device("meta"):
+        model: PreTrainedModel = auto.from_config(config, trust_remote_code=False)
+    return model
+
+
+def _kept_gates(
+    tensors: Sequence[OutputTensor],
+    targets: Mapping[str, str],
+    before: Mapping[str, Tensor],
+    added: Mapping[str, Tensor],
+) -> dict[str, Expression]:
+    """What gates and selection biases of new routers are made of, where the family's have one of the same shape."""
+    made = {targets[tensor.name]: tensor.expression for tensor in tensors}
+    kept = {}
+    for name, value in added.items():
+        place, _, leaf = name.rpartition(".router.")
+        same = [
+            other
+            for other, tensor in before.items()
+            if other.startswith(f"{place}.")
+            and tensor.shape == value.shape
+            and other in made
+            and leaf in ("weight", "bias")
+        ]
+        if len(same) == 1:
+            kept[name] = made[same[0]]
+    return kept
+
+
+def _drawn(parts: Mapping[str, Callable[[], nn.Module]], seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers of new modules, by name; each module's follow from the seed and its own name."""
+    for name, make in parts.items():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big"))
+            module = make()
+        for leaf, value in module.state_dict().items():
+            yield f"{name}.{leaf}", value.contiguous()

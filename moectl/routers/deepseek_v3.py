@@ -1,0 +1,95 @@
+"""DeepSeek-V3 (arXiv 2412.19437) and the loss-free balancing it uses (arXiv 2408.15664): a bias steers the choice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moectl.routers import expert_groups
+from moectl.routers.bias import step_towards_mean
+from moectl.routers.choice import choose
+from moectl.routers.losses import sequence_load_balancing
+from moectl.routers.protocol import Context, Options, Router, Routing, routing, wide
+
+
+@dataclass(frozen=True, slots=True)
+class DeepSeekV3Options(Options):
+    """Attributes:
+    top_k: routed experts per token, beside the shared one.
+    groups: nodes, each with as many consecutive experts.
+    top_groups: nodes that a token may reach.
+    scale: of the weights.
+    normalize: whether weights add up to `scale`.
+    bias_rate: step of the selection bias after each step of training (gamma).
+    aux_loss: coefficient of the balance within each sequence (alpha).
+    """
+
+    top_k: int = 8
+    groups: int = 8
+    top_groups: int = 4
+    scale: float = 2.5
+    normalize: bool = True
+    bias_rate: float = 0.001
+    aux_loss: float = 0.0001
+
+
+class DeepSeekV3(Router):
+    """s = sigmoid(z); the 4 nodes with the largest sum of their 2 best s + b; the K best s + b there; weights s over
+    their sum, times 2.5 (section 2.1.2, eq. 12-16). The bias b is in the choice only, and moves by gamma * sign(mean
+    load - load) after each step.
+
+    Loss: the balance of each sequence, over s divided by its sum over experts (eq. 17-20). Nodes are ranked by the
+    sum of K / M = 2 scores in the paper and of 2 in the code.
+    """
+
+    Options = DeepSeekV3Options
+    bias: Tensor
+
+    def __init__(self, hidden_size: int | None, num_experts: int, options: DeepSeekV3Options | None = None) -> None:
+        super().__init__(hidden_size, num_experts, options)
+        expert_groups.check(num_experts, self.options.groups, self.options.top_groups, self.options.top_k)
+        self.register_buffer("bias", torch.zeros(num_experts))
+
+    def route(self, scores_TE: Tensor, context: Context) -> Routing:
+        """The choice, and in training the loss."""
+        options = self.options
+        index_TK, weight_TK = choose(
+            scores_TE,
+            options.top_k,
+            score="sigmoid",
+            bias_E=self.bias,
+            groups=options.groups,
+            top_groups=options.top_groups,
+            normalize=options.normalize,
+            scale=options.scale,
+        )
+        loss = None
+        if context.training and options.aux_loss:
+            affinity_TE = wide(scores_TE).sigmoid()
+            share_TE = affinity_TE / affinity_TE.sum(1, keepdim=True)
+            loss = options.aux_loss * sequence_load_balancing(share_TE, index_TK, context.sequence_T)
+        return routing(index_TK, weight_TK, None, loss)
+
+    def after_step(self, load_E: Tensor) -> None:
+        """Move the bias towards experts with less than the mean load."""
+        step_towards_mean(self.bias, load_E, self.options.bias_rate)
+
+
+@dataclass(frozen=True, slots=True)
+class LossFreeOptions(DeepSeekV3Options):
+    """As DeepSeek-V3's, with the values of its own paper's 1B model: no nodes, no loss, plain weights."""
+
+    top_k: int = 6
+    groups: int = 1
+    top_groups: int = 1
+    scale: float = 1.0
+    normalize: bool = False
+    aux_loss: float = 0.0
+
+
+class LossFree(DeepSeekV3):
+    """The K best sigmoid(z) + b, weights sigmoid(z) (arXiv 2408.15664, eq. 3 and algorithm 1)."""
+
+    Options = LossFreeOptions

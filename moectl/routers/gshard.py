@@ -1,0 +1,67 @@
+"""GShard's top-2 gate (arXiv 2006.16668, algorithm 1): a second expert by chance, and a capacity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moectl.routers.capacity import capacity, kept
+from moectl.routers.choice import choose
+from moectl.routers.losses import load_balancing, z_loss
+from moectl.routers.noise import jittered, uniform
+from moectl.routers.protocol import NO_EXPERT, Context, Options, Router, Routing, routing, wide
+
+
+@dataclass(frozen=True, slots=True)
+class GShardOptions(Options):
+    """Attributes:
+    capacity_factor: places per expert over *tokens* per expert, in training: 2 has room for two balanced choices;
+        0: no limit.
+    eval_capacity_factor: the same, in use.
+    second: training keeps a further choice of weight w with probability min(1, w / second); 0: always.
+    jitter: training multiplies what the gate is given by U(1 - jitter, 1 + jitter).
+    aux_loss: coefficient of the balancing loss.
+    z_loss: coefficient of the mean squared log-sum-exp.
+    """
+
+    capacity_factor: float = 2.0
+    eval_capacity_factor: float = 2.0
+    second: float = 0.5
+    jitter: float = 0.0
+    aux_loss: float = 0.01
+    z_loss: float = 0.0
+
+
+class GShard(Router):
+    """Weights g_1, g_2 = p_1, p_2 over their sum; the second is taken with probability min(1, 2 g_2); first come first
+    served, all first choices before any second one. A choice that is not taken gives its weight to none.
+
+    Loss: E * sum_e c_e m_e, c the share of *first* choices (algorithm 1, lines 11-13; as the paper prints it, E^2
+    smaller). In use all second choices are taken; Mesh TensorFlow draws there too. Mesh TensorFlow and lingvo count
+    the room of groups of tokens (1024, 4096 ..) and round it down, here the group is everything that is routed.
+    """
+
+    Options = GShardOptions
+
+    def score(self, hidden_TD: Tensor, context: Context) -> Tensor:
+        """Router logits of the jittered input [T, E]."""
+        return super().score(jittered(hidden_TD, self.options.jitter, context), context)
+
+    def route(self, scores_TE: Tensor, context: Context) -> Routing:
+        """The choice, and in training the losses."""
+        options = self.options
+        index_TK, weight_TK = choose(scores_TE, options.top_k, normalize=True)
+        loss = None
+        if context.training:
+            loss = options.aux_loss * load_balancing(wide(scores_TE).softmax(-1), index_TK[:, :1])
+            loss = loss + options.z_loss * z_loss(scores_TE)
+            drawn_TK = options.second * uniform(weight_TK.shape, weight_TK, context) < weight_TK
+            drawn_TK[:, 0] = True
+            index_TK = torch.where(drawn_TK, index_TK, NO_EXPERT)
+        room_TK = None
+        factor = options.capacity_factor if context.training else options.eval_capacity_factor
+        if factor:
+            room_TK = kept(index_TK, self.num_experts, capacity(len(scores_TE), self.num_experts, 1, factor))
+        return routing(index_TK, weight_TK, room_TK, loss)

@@ -1,0 +1,182 @@
+"""Hash layers: the token's id names its experts (arXiv 2106.04426, 2311.10768; DeepSeek-V4).
+
+Legend: T tokens, K choices, V ids, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from heapq import heapify, heapreplace
+
+import torch
+from torch import Tensor
+
+from moectl.routers.protocol import Context, Options, Router, Routing, routing, top, wide
+
+FEATURES = ("token", "previous", "bigram", "position")
+
+
+@dataclass(frozen=True, slots=True)
+class HashOptions(Options):
+    """Section 3.
+
+    Attributes:
+        of: what is hashed: `token`, `previous` (the token before), `bigram` (both), `position` (in the sequence).
+        seed: of the hash function.
+        vocab_size: ids in a table, `table_VK`, that may be replaced (`balanced_table`); 0: hashed without one.
+    """
+
+    top_k: int = 1
+    of: str = "token"
+    seed: int = 0
+    vocab_size: int = 0
+
+
+class Hash(Router):
+    """e = hash(token), weight 1, nothing to learn; the paper's random hash. K > 1 draws K experts, maybe one twice.
+
+    ParlAI's code draws its table with Python's generator; here the id itself is scrambled (splitmix64), so that no
+    vocabulary is needed. For the paper's balanced assignment, or clusters of embeddings, write into `table_VK`.
+    """
+
+    Options: type[HashOptions] = HashOptions
+    table_VK: Tensor
+
+    def __init__(self, hidden_size: int | None, num_experts: int, options: HashOptions | None = None) -> None:
+        super().__init__(hidden_size, num_experts, options)
+        if self.options.of not in FEATURES:
+            raise ValueError(f"of is {self.options.of!r}, none of {', '.join(FEATURES)}")
+        if self.options.vocab_size:
+            if self.options.of != "token":
+                raise ValueError(f"of is {self.options.of}, and a table with a vocab_size is of tokens")
+            self.register_buffer("table_VK", self.experts(torch.arange(self.options.vocab_size)))
+
+    def make_gate(self, hidden_size: int) -> None:
+        """None."""
+
+    def score(self, hidden_TD: Tensor, context: Context) -> Tensor:
+        """Zeros: nothing is read from hidden states."""
+        return wide(hidden_TD).new_zeros(len(hidden_TD), self.num_experts)
+
+    def experts(self, id_T: Tensor) -> Tensor:
+        """Those of ids [T, K]."""
+        options = self.options
+        return torch.stack([scrambled(id_T, options.seed + k) % self.num_experts for k in range(options.top_k)], 1)
+
+    def chosen(self, context: Context) -> Tensor:
+        """The experts of the context's tokens [T, K]."""
+        if context.token_T is None:
+            raise ValueError(f"{type(self).__name__} chooses by token ids, and the context has none")
+        if self.options.vocab_size:
+            return self.table_VK[context.token_T]
+        return self.experts(feature(self.options.of, context.token_T, context.sequence_T))
+
+    def route(self, scores_TE: Tensor, context: Context) -> Routing:
+        """The choice."""
+        index_TK = self.chosen(context)
+        return routing(index_TK, wide(scores_TE).new_ones(index_TK.shape))
+
+
+@dataclass(frozen=True, slots=True)
+class MultiHashOptions(HashOptions):
+    """As `HashOptions`, of two hash functions."""
+
+    top_k: int = 2
+
+
+class MultiHash(Hash):
+    """K hash functions: choice k gives the k-th of K slices of each weight matrix (section 3.3).
+
+    v = relu([A1_{h1}(x), .., AK_{hK}(x)]), y = [B1_{h1}(v), .., BK_{hK}(v)]: an expert's number stands for its K
+    slices, and column k of the routing says whose k-th is taken. Unverified: written from memory.
+    """
+
+    Options = MultiHashOptions
+
+
+@dataclass(frozen=True, slots=True)
+class MoweOptions(HashOptions):
+    """As `HashOptions`; `of` and `seed` say nothing."""
+
+
+class Mowe(Hash):
+    """e = id mod E, where ids are numbers in a routing vocabulary of words sorted by frequency (arXiv 2311.10768).
+
+    With as many experts as words each has its own; with fewer, neighbours in frequency are kept apart, so that no
+    expert has several of the most frequent ones. The context's tokens are to be numbers in that vocabulary, not the
+    model's. Unverified: written from memory.
+    """
+
+    Options = MoweOptions
+
+    def experts(self, id_T: Tensor) -> Tensor:
+        """Those of ids [T, 1]."""
+        return (id_T % self.num_experts)[:, None]
+
+
+@dataclass(frozen=True, slots=True)
+class DeepSeekV4HashOptions(HashOptions):
+    """The configuration's.
+
+    Attributes:
+        scale: of the weights, which sum to it.
+    """
+
+    top_k: int = 6
+    scale: float = 1.5
+
+
+class DeepSeekV4Hash(Hash):
+    """The first layers of DeepSeek-V4: a table says which experts, a learned gate how much of each.
+
+    w = s / sum(s) * scale over the chosen, s = sqrt(softplus(z)). The table is the checkpoint's `tid2eid`; without one
+    a token's experts are those whose numbers hash highest with it.
+    """
+
+    Options = DeepSeekV4HashOptions
+    make_gate, score = Router.make_gate, Router.score
+
+    def experts(self, id_T: Tensor) -> Tensor:
+        """Those of ids, all different [T, K]."""
+        pair_TE = id_T[:, None] * self.num_experts + torch.arange(self.num_experts, device=id_T.device)
+        return top(scrambled(pair_TE, self.options.seed), self.options.top_k)
+
+    def route(self, scores_TE: Tensor, context: Context) -> Routing:
+        """The choice and its weights; there is no loss."""
+        index_TK = self.chosen(context)
+        share_TK = torch.nn.functional.softplus(wide(scores_TE)).sqrt().gather(1, index_TK)
+        return routing(index_TK, share_TK / (share_TK.sum(-1, keepdim=True) + 1e-20) * self.options.scale)
+
+
+def feature(of: str, token_T: Tensor, sequence_T: Tensor | None) -> Tensor:
+    """What is hashed, one number for each token; the token before a sequence's first one is -1."""
+    if of == "token":
+        return token_T
+    place_T = torch.arange(len(token_T), device=token_T.device)
+    if sequence_T is not None:
+        place_T = place_T - torch.searchsorted(sequence_T.contiguous(), sequence_T)
+    if of == "position":
+        return place_T
+    previous_T = torch.where(place_T == 0, -1, token_T.roll(1))
+    return previous_T if of == "previous" else scrambled(previous_T, 0) + token_T
+
+
+def scrambled(id_T: Tensor, seed: int) -> Tensor:
+    """The splitmix64 generator's number after `id` steps from `seed`, without its sign bit; int64, any shape."""
+    number_T = seed + (id_T.long() + 1) * -7046029254386353131  # 0x9E3779B97F4A7C15, modulo 2**64 throughout
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
+        number_T = (number_T ^ ((number_T >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return number_T & (2**63 - 1)
+
+
+def balanced_table(count_V: Sequence[int], num_experts: int) -> Tensor:
+    """The paper's balanced assignment, int64 [V, 1]: from the most frequent id on, each to the emptiest expert."""
+    load = [(0, expert) for expert in range(num_experts)]
+    heapify(load)
+    expert_V = torch.zeros(len(count_V), dtype=torch.int64)
+    for number in sorted(range(len(count_V)), key=lambda number: (-count_V[number], number)):
+        held, expert = load[0]
+        expert_V[number] = expert
+        heapreplace(load, (held + count_V[number], expert))
+    return expert_V[:, None]

@@ -1,0 +1,48 @@
+"""MiniMax-01 (arXiv 2501.08313, section 2.1): top-2 with a capacity that all expert-parallel groups share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moectl.routers.capacity import capacity, kept
+from moectl.routers.choice import choose
+from moectl.routers.losses import load_balancing
+from moectl.routers.protocol import Context, Options, Router, Routing, routing, wide
+
+
+@dataclass(frozen=True, slots=True)
+class MiniMax01Options(Options):
+    """Attributes:
+    capacity_factor: places per expert over choices per expert, of all tokens together; 0: no limit, as in
+        transformers. The report gives no value.
+    aux_loss: coefficient of GShard's balancing loss.
+    """
+
+    capacity_factor: float = 1.25
+    aux_loss: float = 0.01
+
+
+class MiniMax01(Router):
+    """Top-2 of a softmax over their sum; GShard's loss; tokens beyond an expert's room are dropped.
+
+    The report's global router gathers the number of tokens per expert over all expert-parallel groups before it drops,
+    so that room which one group does not use serves another: the room of all tokens, first choices first, as here.
+    Checked against transformers: the choice and the weights. The capacity is as the report describes it in words.
+    """
+
+    Options = MiniMax01Options
+
+    def route(self, scores_TE: Tensor, context: Context) -> Routing:
+        """The choice, and in training the loss."""
+        options = self.options
+        index_TK, weight_TK = choose(scores_TE, options.top_k, normalize=True)
+        room_TK = None
+        if options.capacity_factor:
+            room = capacity(len(scores_TE), self.num_experts, options.top_k, options.capacity_factor)
+            room_TK = kept(index_TK, self.num_experts, room)
+        loss = None
+        if context.training:
+            loss = options.aux_loss * load_balancing(wide(scores_TE).softmax(-1), index_TK[:, :1])
+        return routing(index_TK, weight_TK, room_TK, loss)

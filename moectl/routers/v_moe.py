@@ -1,0 +1,64 @@
+"""V-MoE (arXiv 2106.05974): noisy softmax, and batch prioritised routing where room is short."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moectl.routers.capacity import capacity, kept
+from moectl.routers.losses import noisy_load, squared_cv
+from moectl.routers.protocol import Context, Options, Router, Routing, routing, top, wide
+
+
+@dataclass(frozen=True, slots=True)
+class VMoeOptions(Options):
+    """Attributes:
+    capacity_factor: places per expert over choices per expert; 0: no limit.
+    priority: whether tokens of the largest probability are served first; else tokens in their order.
+    noise: standard deviation on the logits in training, over 1/E.
+    aux_loss: coefficient of the mean of the importance and the load loss.
+    """
+
+    capacity_factor: float = 1.05
+    priority: bool = True
+    noise: float = 1.0
+    aux_loss: float = 0.01
+
+
+class VMoe(Router):
+    """TopK(softmax(x W + N(0, 1/E^2))), the probabilities as they are (eq. 2), within C = k T c / E places (eq. 3),
+    given out rank by rank, and within a rank by falling largest probability (section 3.3, algorithm 2).
+
+    Losses of appendix A: squared CV over experts of the summed probabilities before noise, and of the mean
+    probability Phi to be above the k-th noisy logit if the noise were drawn again. The code and the paper agree; the
+    code rounds C up to a multiple of 4.
+    """
+
+    Options = VMoeOptions
+
+    def route(self, scores_TE: Tensor, context: Context) -> Routing:
+        """The choice, and in training the losses."""
+        options = self.options
+        clean_TE = noisy_TE = wide(scores_TE)
+        if context.training and options.noise:
+            drawn_TE = torch.empty_like(clean_TE).normal_(generator=context.generator)
+            noisy_TE = clean_TE + options.noise / self.num_experts * drawn_TE
+        probability_TE = noisy_TE.softmax(-1)
+        index_TK = top(noisy_TE, options.top_k)
+        room_TK = None
+        if options.capacity_factor:
+            room = capacity(len(scores_TE), self.num_experts, options.top_k, options.capacity_factor)
+            priority_T = probability_TE.amax(1) if options.priority else None
+            room_TK = kept(index_TK, self.num_experts, room, priority_T)
+        loss = self._loss(clean_TE, noisy_TE) if context.training else None
+        return routing(index_TK, probability_TE.gather(1, index_TK), room_TK, loss)
+
+    def _loss(self, clean_TE: Tensor, noisy_TE: Tensor) -> Tensor:
+        options = self.options
+        importance = squared_cv(clean_TE.softmax(-1).sum(0))
+        if not options.noise:
+            return options.aux_loss * importance
+        load = noisy_load(clean_TE, noisy_TE, options.top_k, options.noise / self.num_experts)
+        return options.aux_loss * (importance + load) / 2

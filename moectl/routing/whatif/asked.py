@@ -1,0 +1,100 @@
+"""What every what-if asks of a trace, and what it does with a layer before it counts.
+
+Legend: T tokens, K experts per token, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from moectl.errors import InputError
+from moectl.report.output import Cell
+from moectl.routing.whatif.registry import Need
+from moectl.traces.statistics import probabilities, require_weights
+from moectl.traces.trace import NO_EXPERT, Routed, RoutingTrace
+
+CHUNK = 1 << 13
+"""Tokens whose scores are in memory at once, in float64."""
+
+_CAPTURE = "Capture the trace from the model: moectl analyze-routing MODEL --trace DIR keeps weights and scores."
+
+
+def require(trace: RoutingTrace, name: str, *needs: Need) -> None:
+    """Check that a trace has tokens and what else a what-if needs of it.
+
+    Raises:
+        InputError: it has not.
+    """
+    if not len(trace) or not trace.layers:
+        raise InputError("The trace has no tokens.", f"There is nothing that {name} could count.", _CAPTURE)
+    for routed in trace.layers:
+        has = {"index": True, "weights": routed.weight_TK is not None, "scores": routed.score_TE is not None}
+        missing = [need for need in needs if not has[need]]
+        if missing:
+            raise InputError(
+                f"The trace has no {missing[0]} at {routed.point.name}, and {name} needs them.",
+                "What an engine exports are often the experts' numbers alone, and where experts are looked up in a "
+                "table there are no scores.",
+                _CAPTURE,
+            )
+
+
+def computing_experts(routed: Routed) -> int:
+    """How many experts of a point compute something."""
+    return routed.point.num_experts - routed.point.null_experts
+
+
+def computing(routed: Routed) -> tuple[np.ndarray, int]:
+    """The experts of each token [T, K] and how many there are; those that compute nothing are none."""
+    experts = computing_experts(routed)
+    if not routed.point.null_experts:
+        return routed.index_TK, experts
+    return np.where(routed.index_TK < experts, routed.index_TK, NO_EXPERT), experts
+
+
+def weights(routed: Routed) -> np.ndarray:
+    """What the experts' outputs were multiplied with, float32 [T, K], in size; 0 where there is no expert.
+
+    Raises:
+        InputError: one is NaN or infinite.
+    """
+    assert routed.weight_TK is not None
+    weight_TK = np.abs(routed.weight_TK.astype(np.float32))
+    weight_TK[computing(routed)[0] < 0] = 0
+    require_weights(routed.point, weight_TK)
+    return weight_TK
+
+
+def chunks(routed: Routed) -> Iterator[tuple[slice, np.ndarray]]:
+    """Which tokens, and their probabilities of the experts that compute, float64 [CHUNK, E].
+
+    Raises:
+        InputError: a score is NaN or infinite.
+    """
+    assert routed.score_TE is not None
+    for start in range(0, len(routed.score_TE), CHUNK):
+        at = slice(start, start + CHUNK)
+        p_TE = probabilities(routed.point, routed.score_TE[at])
+        yield at, np.ascontiguousarray(p_TE[:, : computing_experts(routed)])
+
+
+def homes(experts: int, groups: int) -> np.ndarray:
+    """The group of each expert [E]: neighbours together, as even as they can be."""
+    return np.arange(experts) * groups // experts
+
+
+def with_mean(rows: Sequence[tuple[Cell, ...]]) -> tuple[tuple[Cell, ...], ...]:
+    """The rows, and below them the mean of every column of numbers; None where there is no number."""
+    means: list[Cell] = []
+    for column in list(zip(*rows, strict=True))[1:]:
+        numbers = [cell for cell in column if isinstance(cell, int | float)]
+        means.append(float(np.mean(numbers)) if numbers else None)
+    return (*rows, ("mean", *means))
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Of those that there are."""
+    there = [value for value in values if value is not None]
+    return float(np.mean(there)) if there else None
