@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -57,6 +58,38 @@ def filled(
             raise UsageError(f"{what} has no option {shown(said)}.", "", f"It has {', '.join(offered) or 'none'}.")
         values[name] = _value(what, said, text, known[name])
     return kind(**values)
+
+
+def explained(kind: Any, short: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+    """The fields of a dataclass of options: `option`, with its short name, `default`, `meaning` by its docstring."""
+    own, told = kind(), _told(kind)
+    names = {full: key for key, full in (short or {}).items()}
+    return [
+        {
+            "option": f"{field.name} ({names[field.name]})" if field.name in names else field.name,
+            "default": getattr(own, field.name),
+            "meaning": told.get(field.name, ""),
+        }
+        for field in fields(kind)
+    ]
+
+
+def _told(kind: Any) -> dict[str, str]:
+    """What the docstrings of a dataclass and those it is made from say of its fields, after `Attributes:`."""
+    known = {field.name for field in fields(kind)}
+    found: dict[str, str] = {}
+    for each in reversed(kind.__mro__):
+        names: list[str] = []
+        for line in inspect.cleandoc(each.__doc__ or "").partition("Attributes:")[2].splitlines():
+            before, _, text = line.strip().partition(": ")
+            if known.issuperset(parts := before.split(", ")):
+                names = parts
+                found |= dict.fromkeys(names, text)
+            elif line.strip():
+                found |= {name: f"{found[name]} {line.strip()}" for name in names}
+            else:
+                names = []
+    return found
 
 
 def _named(pieces: Sequence[str]) -> tuple[str, dict[str, str]]:

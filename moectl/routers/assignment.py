@@ -17,7 +17,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def balanced(scores_TE: Tensor, room: int) -> Tensor:
-    """The expert of each token, int64 [T].
+    """The expert of each token, int64 [T], on the scores' device; it is found on the CPU, which waits for them.
 
     Raises:
         ValueError: there are more tokens than places.
@@ -46,14 +46,17 @@ def losses_of_moving(scores_TE: Tensor, expert_T: Tensor, room: int) -> Tensor:
     loss_EE.fill_diagonal_(0)
     for via in range(E):  # Floyd and Warshall: there are no cycles that gain, since the assignment is the best one
         loss_EE = torch.minimum(loss_EE, loss_EE[:, via, None] + loss_EE[None, via])
-    return loss_EE.to(expert_T.device)
+    return loss_EE
 
 
 @cache
 def _loop() -> Callable[..., Any]:
-    from numba import njit  # only where experts are assigned to
+    from numba import njit  # it is in memory only where tokens are assigned
 
-    return njit(nogil=True)(_assign)
+    try:
+        return njit(cache=True, nogil=True)(_assign)
+    except RuntimeError:  # neither the package's directory nor the user's cache can be written
+        return njit(nogil=True)(_assign)
 
 
 def _assign(score_TE: np.ndarray, room: int) -> np.ndarray:

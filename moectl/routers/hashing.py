@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class Hash(Router):
     vocabulary is needed. For the paper's balanced assignment, or clusters of embeddings, write into `table_VK`.
     """
 
-    Options: type[HashOptions] = HashOptions
+    Options: ClassVar[type[Options]] = HashOptions
     table_VK: Tensor
 
     def __init__(self, hidden_size: int | None, num_experts: int, options: HashOptions | None = None) -> None:

@@ -76,7 +76,7 @@ class Rectify(Router):
     def _stay(
         self, probability_TE: Tensor, index_TK: Tensor, kept_TK: Tensor, taken_TE: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Dropped choices, one after the other, at the best expert of the token's GPU that does not have the token yet."""
+        """Dropped choices, one after the other, at the best expert of the token's GPU that has it not yet."""
         (T, E), groups = probability_TE.shape, self.options.groups
         home_T = torch.arange(T, device=index_TK.device) * groups // T
         home_E = torch.arange(E, device=index_TK.device) // (E // groups)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from moectl.errors import UsageError
 from moectl.routers.protocol import NO_EXPERT, Context, Router, counts
 
 Form = Literal["index", "mask"]
@@ -103,6 +104,9 @@ class HeldRouter(Held):
 
         A token without an expert is sent to the first with a weight of 0, which adds nothing under any implementation
         of experts.
+
+        Raises:
+            UsageError: a token has several experts, and the family takes one.
         """
         hidden_TD = hidden_states.flatten(0, -2)
         context = self.passing.context(hidden_TD, training=self.training)
@@ -114,6 +118,12 @@ class HeldRouter(Held):
         index_TK = found.index_TK.clamp(min=0)
         if self.form == "index":
             return scores_TE, found.weight_TK, index_TK
+        if index_TK.shape[1] != 1:
+            raise UsageError(
+                f"{type(self.router).__name__} takes {index_TK.shape[1]} experts per token, and this model one.",
+                "The experts of its family are given one weight per token.",
+                "Give a router of one expert per token (top_k=1), or a model of another family.",
+            )
         mask_TE = nn.functional.one_hot(index_TK[:, 0], self.num_experts) * (found.index_TK != NO_EXPERT)
         shape = hidden_states.shape[:-1]
         weight_T1 = found.weight_TK.to(hidden_states.dtype)

@@ -137,7 +137,7 @@ def _hold_router(place: Place, entry: Entry, options: Any, passing: Passing) -> 
     """Put a router in the place of a family's, and PEER's neurons in that of its experts.
 
     Raises:
-        UsageError: it sends tokens to other experts than there are, or to more of them than the family can add up.
+        UsageError: it sends tokens to other experts than there are.
     """
     parts: dict[str, Make] = {}
     num_experts, path = place.num_experts, place.name.rpartition(".")[0]
@@ -156,12 +156,6 @@ def _hold_router(place: Place, entry: Entry, options: Any, passing: Passing) -> 
             f"The router {entry.name} chooses among more than the {place.num_experts} experts of {escape(place.name)}.",
             "Some of its experts compute nothing, and the family has none such.",
             "`moectl routers` lists others.",
-        )
-    if place.form == "mask" and options.top_k * getattr(options, "heads", 1) != 1:
-        raise UsageError(
-            f"The router {entry.name} takes {options.top_k} experts per token, and {escape(place.name)} can take one.",
-            "The experts of this family are given one weight per token.",
-            f"Give {entry.name}:top_k=1, or a model of another family.",
         )
     module = become(place.module, HeldRouter)
     module.form = place.form

@@ -1,4 +1,4 @@
-"""What the layers are made of: experts under a routing, attention, norms.
+"""What the layers are made of: experts under a routing, and attention.
 
 Legend: B sequences, L length, T = B * L tokens, R some of them, D hidden, F expert width, E experts, K choices,
 H heads, W head width.
