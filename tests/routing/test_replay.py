@@ -137,3 +137,9 @@ def test_more_experts_than_there_are_and_no_scores_are_refused():
         replay(softmaxed(0, 10, 8, 2), parse("olmoe:k=9"))
     with pytest.raises(InputError, match="no scores"):
         replay(trace(np.zeros((1, 3, 1)), 4), parse("mixtral"))
+
+
+def test_routers_of_domains_and_of_words_know_the_trace():
+    traced = random_trace(3, [9, 12, 8], 6, 2, domains=3)
+    found = replay(traced, parse("demix,task-level,hash,multihash,thor"))
+    assert [row[0] for row in found.rows][1:] == ["demix", "task-level", "hash", "multihash", "thor"]

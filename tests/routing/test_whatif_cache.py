@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -174,6 +176,7 @@ def test_a_finding_adds_up(traced: RoutingTrace, fresh: bool, scope: str) -> Non
         assert speed == pytest.approx(1000 / (2 + 2 * missed))
         if policy not in (BELADY, STATIC):
             assert rate <= finding.detail["hit_rate"][BELADY][size] + 1e-12
+    assert json.loads(json.dumps([finding.rows, finding.detail]))
     for curve in finding.curves:
         assert all(len(line) == len(curve.x) for line in curve.lines.values())
         assert curve.chance in curve.lines
@@ -194,6 +197,31 @@ def test_one_cache_gives_room_to_the_layer_that_needs_it() -> None:
     assert together[BELADY][2] > apart[BELADY][2]
 
 
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_with_empty_caches_a_document_is_as_good_as_alone(scope: str) -> None:
+    """So the documents of a domain, and in caches of a layer that layer, find what they find without the others."""
+    traced = random_trace(8, [20, 5, 0, 30, 10, 25], 8, 2, domains=3, layers=2)
+    options = Options(sizes="3,5", scope=scope, fresh=True)
+    detail = run(traced, options).detail
+    hits_alone = dict.fromkeys(detail["hit_rate"], 0.0)
+    for document in range(6):
+        mask_T = traced.tokens.document_T == document
+        if mask_T.any():
+            for policy, rates in run(traced.where(mask_T), options).detail["hit_rate"].items():
+                hits_alone[policy] += rates[5] * mask_T.sum()
+    for policy in (LRU, LFU, INFINITY, BELADY):
+        assert detail["hit_rate"][policy][5] == pytest.approx(hits_alone[policy] / len(traced))
+    for number, domain in enumerate(traced.tokens.domains):
+        alone = run(traced.where(traced.tokens.domain_T == number), options).detail
+        for policy, rates in detail["domains"][domain].items():
+            assert rates == pytest.approx([alone["hit_rate"][policy][3], alone["hit_rate"][policy][5]])
+        assert alone["domains"][domain] == detail["domains"][domain]
+    if scope == "layer":
+        for routed in traced.layers:
+            alone = run(RoutingTrace(traced.tokens, (routed,)), options).detail
+            assert alone["layers"][routed.point.label] == detail["layers"][routed.point.label]
+
+
 def test_phases_domains_and_layers_are_told_apart() -> None:
     traced = random_trace(3, [30, 30, 40], 8, 2, domains=2)
     traced.tokens.phase_T[10:] = DECODE
@@ -209,6 +237,19 @@ def test_phases_domains_and_layers_are_told_apart() -> None:
         run(traced.where(traced.tokens.phase_T == DECODE), Options(phase="prefill"))
 
 
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_layers_of_other_sizes_share_a_finding(scope: str) -> None:
+    wide, narrow = random_trace(6, [200], 8, 3).layers[0], random_trace(7, [200], 5, 2)
+    traced = RoutingTrace(narrow.tokens, (wide, narrow.layers[1]))
+    detail = run(traced, Options(scope=scope)).detail
+    for rates in detail["hit_rate"].values():
+        assert np.all(np.diff(rates) >= -1e-12)
+    for policy in (LRU, LFU, INFINITY, BELADY):
+        assert detail["hit_rate"][policy][8] == pytest.approx(1 - (8 + 5) / (200 * (3 + 2)))
+    if scope == "layer":
+        assert detail["random"][LRU][4] == pytest.approx((3 * 4 / 8 + 2 * 4 / 5) / 5)
+
+
 def test_experts_that_compute_nothing_are_not_fetched() -> None:
     traced = random_trace(5, [50], 6, 2)
     point = traced.layers[0].point
@@ -219,7 +260,9 @@ def test_experts_that_compute_nothing_are_not_fetched() -> None:
     assert got["hit_rate"] == run(RoutingTrace(traced.tokens, (dropped,)), Options(sizes="3")).detail["hit_rate"]
 
 
-@pytest.mark.parametrize("wrong", [{"sizes": "1"}, {"sizes": "9"}, {"sizes": "a"}, {"scope": "x"}, {"phase": "x"}])
-def test_what_cannot_be_is_refused(wrong: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "wrong", [{"sizes": "1"}, {"sizes": "9"}, {"sizes": "a"}, {"scope": "x"}, {"phase": "x"}, {"gb_per_s": 0}]
+)
+def test_what_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         run(random_trace(0, [9], 8, 2), Options(**wrong))

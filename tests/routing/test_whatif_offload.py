@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import product
 
 import numpy as np
@@ -100,6 +101,7 @@ def test_a_finding_adds_up(traced: RoutingTrace, batch: int, resident: int) -> N
         assert max(split / 2, 0) <= longer + 1e-9
         assert longer <= split + 1e-9 <= min(fetched, cpu) + 2e-9
         assert 0 <= on_cpu <= 1
+    assert json.loads(json.dumps([finding.rows, finding.detail]))
     buffer = finding.detail["buffer"]
     for at in range(len(buffer["held"])):
         assert max(buffer[BUFFER][at], buffer[LRU][at]) <= buffer[BELADY][at] + 1e-12
@@ -131,7 +133,7 @@ def test_the_busiest_of_all_layers_are_pinned() -> None:
     assert batches_of_4[4] == pytest.approx(0.25)
 
 
-@pytest.mark.parametrize("wrong", [{"batch": 0}, {"resident": -1}])
+@pytest.mark.parametrize("wrong", [{"batch": 0}, {"resident": -1}, {"gb_per_s": 0}])
 def test_what_cannot_be_is_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(UsageError):
         run(random_trace(0, [9, 9], 8, 2), Options(**wrong))

@@ -35,7 +35,7 @@ def test_loads_are_what_counting_finds(found: RoutingTrace) -> None:
 
 def test_loads_do_not_depend_on_how_much_is_counted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     routed = random_trace(3, [40, 30], 6, 2).layers[0]
-    part_T = np.arange(70) % 3
+    part_T = np.random.default_rng(0).integers(0, 3, 70)
     before = part_loads(routed, part_T, 3), batch_loads(routed, 4)
     monkeypatch.setattr(loads, "_PIECE", 9)
     after = part_loads(routed, part_T, 3), batch_loads(routed, 4)
@@ -66,6 +66,13 @@ def test_by_hand() -> None:
     assert (layer["contiguous"], layer["repacked"]) == (2.0, 1.0)
     assert on_a.detail["transfer"]["a"]["b"] == 1.0
     assert on_a.detail["expert_gpu"] == [[0, 1, 0, 1]]
+
+
+def test_judged_by_the_other_half() -> None:
+    """One document uses experts 0 and 1, the other expert 0 alone."""
+    found = run(trace([[[0], [1], [0], [0]]], 4, lengths=[2, 2]), Options(gpus=2, replicas=0))
+    assert found.detail["imbalance"]["repacked"] == 2.0
+    assert found.detail["transfer"] == {"all": {"all": 2.0}}
 
 
 def test_fair_routing_is_what_chance_gives() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from small_traces import random_trace, rows, trace, traces
 
-from moectl.errors import InputError
+from moectl.errors import InputError, UsageError
 from moectl.routing.placement.loads import halves
 from moectl.routing.whatif.prefetch import CHANCE, MARKOV, NEAREST, POPULAR, Options, run
 from moectl.traces.trace import Point, Routed, RoutingTrace
@@ -73,7 +75,9 @@ def test_guesses_are_what_loops_give(traced: RoutingTrace) -> None:
     if len(traced.layers) < 2:
         traced = RoutingTrace(traced.tokens, traced.layers * 2)
     expected = by_hand(traced, 64)
-    got = run(traced, Options()).detail["recall"]
+    finding = run(traced, Options())
+    assert json.loads(json.dumps([finding.rows, finding.detail]))
+    got = finding.detail["recall"]
     for name in (POPULAR, MARKOV):
         assert got[name] == pytest.approx(expected[name].tolist())
 
@@ -142,5 +146,7 @@ def test_layers_of_other_sizes_and_domains_are_told_apart() -> None:
 def test_what_cannot_be_guessed_is_refused() -> None:
     with pytest.raises(InputError, match="1 layers"):
         run(random_trace(0, [9, 9], 4, 1, layers=1), Options())
+    with pytest.raises(UsageError):
+        Options(matrices=0)
     with pytest.raises(InputError, match="1 tokens"):
         run(random_trace(0, [1], 4, 1), Options())

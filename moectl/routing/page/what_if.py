@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 ROWS = 600_000
 """Bytes of the tables of all findings together: the page stays below 8 MB. Of longer ones evenly spaced rows stay."""
+SAMPLE = 50
+"""Rows whose size tells how many fit."""
 OPEN = 8
 """Rows of a table that is not folded."""
 NAME = 60
@@ -59,9 +61,9 @@ def what_ifs(found: Report) -> Iterator[Part]:
     }
     colours = numbered([curve for finding in findings for curve in finding.curves], domains)
     places = count(1)
-    for first, (heading, each) in zip(count(), chapters.items(), strict=False):
+    for chapter, (heading, each) in enumerate(chapters.items()):
         yield Heading(heading)
-        if first == 0:
+        if chapter == 0:
             yield Paragraph(INTRODUCTION)
         for finding in each:
             yield Section(finding, colours, f"what-if-{next(places)}-{finding.name}", ROWS // len(findings))
@@ -136,19 +138,19 @@ class _Advised:
 
 
 def _table(finding: Finding, room: int) -> str:
-    rows: list[list[Cell]] = [
+    """The table, folded if it is long; of one that is larger than `room`, as some of its rows tell, those that fit."""
+    finite: list[list[Cell]] = [
         [None if isinstance(cell, float) and not isfinite(cell) else cell for cell in row] for row in finding.rows
     ]
-    if not rows:
+    if not finite:
         return ""
-    made = Table(finding.columns, shortened(rows)).html()
-    told = f"{len(rows)} rows"
-    if len(made) > room:
-        kept = spread(len(rows), room * len(rows) // len(made))
-        made = Table(finding.columns, shortened([rows[row] for row in kept])).html()
-        told = f"{len(kept)} of {len(rows)} rows, evenly spaced"
+    rows = shortened(finite)
+    some = [rows[row] for row in spread(len(rows), SAMPLE)]
+    kept = spread(len(rows), room * len(some) // len(Table(finding.columns, some).html()))
+    made = Table(finding.columns, [rows[row] for row in kept]).html()
     if len(rows) <= OPEN:
         return made
+    told = f"{len(rows)} rows" if len(kept) == len(rows) else f"{len(kept)} of {len(rows)} rows, evenly spaced"
     return f"<details><summary>Table: {told}</summary>{made}</details>"
 
 
@@ -197,7 +199,7 @@ def _trails(curve: Curve, numbers: Mapping[str, int]) -> list[Trail]:
 
 
 def _furthest(curve: Curve, trails: Sequence[Trail]) -> tuple[str, int]:
-    """What is to be seen and its place: where the first line is furthest from chance, or from where to where it goes."""
+    """What is to be seen and its place: where the first line is furthest from chance, or its first and last value."""
     lead = next((trail for trail in trails if trail.kind != "chance"), None)
     chance = next((trail for trail in trails if trail.kind == "chance"), None)
     middle = len(curve.x) // 2

@@ -21,6 +21,8 @@ from moectl.text import shown
 from moectl.traces.trace import DECODE, PREFILL, RoutingTrace
 
 STATIC = "static"
+SCOPES = ("layer", "global")
+PHASES = {"all": None, "prefill": PREFILL, "decode": DECODE}
 POINTS = 64
 """Sizes that a curve is drawn through."""
 
@@ -32,7 +34,8 @@ class Options:
     Attributes:
         sizes: experts that are held of each layer, as `8,16,32`; if empty an eighth, a quarter, a half and three
             quarters of them, but never less than a token needs.
-        scope: `layer` for a cache in each layer, `global` for one over all layers that holds as much in all.
+        scope: `layer` for a cache in each layer, `global` for one over all layers that holds as much in all. The latter
+            takes ten times as long to find out.
         phase: which tokens: `all`, `prefill` or `decode`.
         fresh: whether every document finds the caches empty; else it finds what the one before left.
         target: a hit rate, of which the smallest size that reaches it is found.
@@ -52,18 +55,24 @@ class Options:
     dense_ms: float = 5.0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for value, known in ((self.scope, SCOPES), (self.phase, PHASES)):
+            if value not in known:
+                raise UsageError(f"There is no {shown(value)!r} here.", "", f"Give one of {', '.join(known)}.")
+        if min(self.expert_mb, self.gb_per_s, self.dense_ms) <= 0:
+            raise UsageError("Experts have a size, and all takes time.", "", "Give numbers above 0.")
+
 
 def run(trace: RoutingTrace, options: Options) -> Finding:
     """Replay the requests for experts through caches of every size.
 
     Raises:
         InputError: the trace has no tokens of the phase.
-        UsageError: an option has no such value, or a size is less than a token needs.
+        UsageError: a size is less than a token needs, or more than there are.
     """
-    one, empty = _choice(options.scope, "layer", "global") == 1, options.fresh
-    phase = _choice(options.phase, "all", "prefill", "decode")
-    if phase:
-        trace = trace.where(trace.tokens.phase_T == (PREFILL, DECODE)[phase - 1])
+    one, empty = options.scope == "global", options.fresh
+    if options.phase != "all":
+        trace = trace.where(trace.tokens.phase_T == PHASES[options.phase])
     require(trace, "cache")
     sizes = _sizes(trace, options.sizes)
     requests_LD = requested(trace)
@@ -119,12 +128,6 @@ def run(trace: RoutingTrace, options: Options) -> Finding:
             "domains": _at(domain_C, sizes),
         },
     )
-
-
-def _choice(value: str, *known: str) -> int:
-    if value not in known:
-        raise UsageError(f"There is no {shown(value)!r} here.", "", f"Give one of {', '.join(known)}.")
-    return known.index(value)
 
 
 def _sizes(trace: RoutingTrace, given: str) -> list[int]:
@@ -208,6 +211,8 @@ def _assumptions(options: Options, domains: int) -> tuple[str, ...]:
         "static holds the busiest experts of one half of the documents and is judged on the other.",
         "MoE-Infinity holds what the document asked for most (arXiv 2401.14361).",
         "MoE-Infinity's released engine goes by visits since loading instead.",
+        "Belady bounds what is fetched on demand; routing that looks at the cache finds more (arXiv 2412.00099).",
+        "Published: Mixtral-8x7B on an A5000 takes 0.735 s a token with MoE-Infinity, 1.752 s with mixtral-offloading.",
         "Least-Stale (arXiv 2602.03921) is left out: its rule was not at hand, and what others call so differs.",
         *order,
     )

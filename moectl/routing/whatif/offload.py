@@ -46,20 +46,19 @@ class Options:
     gb_per_s: float = 25.0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.resident < 0 or min(self.cpu_us_per_token, self.expert_mb, self.gb_per_s) <= 0:
+            raise UsageError(
+                "Batches have tokens, and all takes time.", "", "Give numbers above 0; 0 or more resident experts."
+            )
+
 
 def run(trace: RoutingTrace, options: Options) -> Finding:
     """Add up what both sides take for batches of several sizes, with experts pinned by the other half of the documents.
 
     Raises:
         InputError: the trace has no tokens to pin by and others to judge by.
-        UsageError: a batch of no tokens, or fewer than no experts on the GPU.
     """
-    if options.batch < 1 or options.resident < 0:
-        raise UsageError(
-            f"A batch of {options.batch} and {options.resident} resident experts are no offloading.",
-            "",
-            "Give a batch of 1 or more and 0 or more resident experts.",
-        )
     require(trace, "offload")
     fit_T = halves(trace.tokens) == 0
     if fit_T.all():
@@ -102,7 +101,9 @@ def run(trace: RoutingTrace, options: Options) -> Finding:
             "A batch is tokens of a document that follow one another; the last of a document may be smaller.",
             "Fiddler (arXiv 2402.07033): its code makes the sum of both sides smallest, its comment the longer one.",
             "Fiddler's constants are 70 to fetch and 7 for a token, which is 10 tokens.",
+            "Published: Fiddler is 1.26 times as fast as others at one sequence, 1.30 at prefill, 11.57 at beams.",
             "The buffer (arXiv 2303.06182, VI.B) evicts what the batch does not take, then what came in last.",
+            "Published: the buffer takes 1.47 times less static memory; 12 GB/s between CPU and GPU were the limit.",
             "Experts run by rising number, and a buffer's hits are counted expert by expert, not batch by batch.",
         ),
         {

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from moectl.errors import InputError
+from moectl.errors import InputError, UsageError
 from moectl.report.output import Cell
 from moectl.routing.placement.loads import halves
 from moectl.routing.whatif.asked import computing, computing_experts, require, with_mean
@@ -35,6 +35,10 @@ class Options:
     fetched: int = 0
     target: float = 0.9
     matrices: int = 64
+
+    def __post_init__(self) -> None:
+        if self.fetched < 0 or self.matrices < 1:
+            raise UsageError("Nothing can be guessed so.", "", "Fetch 0 or more experts, and store 1 matrix or more.")
 
 
 def run(trace: RoutingTrace, options: Options) -> Finding:
@@ -148,7 +152,7 @@ def _stacked(trace: RoutingTrace, at: slice) -> np.ndarray:
 def _matrices(trace: RoutingTrace, fit_T: np.ndarray, matrices: int, experts: int) -> np.ndarray:
     """What documents, evenly spaced over those that are counted on, took of each layer [L, E, M], float32."""
     documents = _documents(trace.tokens.document_T, fit_T)
-    chosen = np.unique(np.linspace(0, len(documents) - 1, max(1, matrices)).round().astype(int))
+    chosen = np.unique(np.linspace(0, len(documents) - 1, matrices).round().astype(int))
     count_LEM = np.zeros((len(trace.layers), experts, len(chosen)), np.float32)
     for at, number in enumerate(chosen):
         for layer, index_TK in enumerate(_stacked(trace, slice(*documents[number]))):

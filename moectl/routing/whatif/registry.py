@@ -40,7 +40,9 @@ WHAT_IFS: tuple[WhatIf, ...] = (
     WhatIf("capacity", "How much is dropped at a capacity?", "capacity", papers=("2006.16668", "2101.03961")),
     WhatIf("rectify", "What would Rectify-Router save?", "rectify", ("index", "scores"), ("2402.12399",)),
     WhatIf("cache", "How often is an expert in a cache?", "cache", papers=("2312.17238", "2401.14361")),
-    WhatIf("prefetch", "How often is the next layer's expert guessed?", "prefetch", papers=("2312.17238",)),
+    WhatIf(
+        "prefetch", "How often is the next layer's expert guessed?", "prefetch", papers=("2401.14361", "2312.17238")
+    ),
     WhatIf(
         "offload", "Is a missing expert fetched, or run on the CPU?", "offload", papers=("2402.07033", "2303.06182")
     ),

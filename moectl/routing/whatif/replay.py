@@ -145,7 +145,7 @@ def _replayed(trace: RoutingTrace, named: Named, seed: int) -> list[Replayed]:
 
 
 def _layer(routed: Routed, tokens: Tokens, named: Named, settings: Settings, seed: int) -> Replayed:
-    router = _made(named, routed)
+    router = _made(named, routed, tokens)
     reach = getattr(router, "reach", router.num_experts)
     generator = torch.Generator().manual_seed(seed)
     load_E = torch.zeros(reach, dtype=torch.int64)
@@ -180,12 +180,13 @@ def _layer(routed: Routed, tokens: Tokens, named: Named, settings: Settings, see
     )
 
 
-def _made(named: Named, routed: Routed) -> Any:
+def _made(named: Named, routed: Routed, tokens: Tokens) -> Any:
     """The router for a layer's experts; as many per token as the model's, but for those that are made for one."""
     experts = routed.point.num_experts
     kind = named.entry.load()
-    default = kind.Options().top_k
-    defaults = {"top_k": min(routed.point.top_k, experts)} if default > 1 else {}
+    defaults = {"tasks": len(tokens.domains)}
+    if kind.Options().top_k > 1:
+        defaults["top_k"] = min(routed.point.top_k, experts)
     try:
         return kind(None, experts, named.options(**defaults)).eval()
     except ValueError as error:
