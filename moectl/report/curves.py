@@ -55,7 +55,8 @@ def curves(
     """
     x_scale = across(x)
     known = [value for trail in trails for value in trail.values if value is not None]
-    y = Scale(min([0.0, *known]), max([*known, 1e-9]) * 1.06, BOTTOM, TOP)
+    highest = max([0.0, *known]) or 1.0  # of nothing but zeros, an axis that shows how little they are
+    y = Scale(min([0.0, *known]), highest * 1.06, BOTTOM, TOP)
     body = []
     for tick in y.ticks(6):
         label = f"{100 * tick:.3g}%" if percent else number(tick)
@@ -63,7 +64,7 @@ def curves(
         body.append(text(LEFT - 8, y(tick) + 4, label, anchor="end", fill=FAINT))
     beyond = float("-inf")
     for tick in _ticks(x, x_scale):
-        if x_scale(tick) - beyond >= 36:
+        if x_scale(tick) - beyond >= 44:
             beyond = x_scale(tick)
             body.append(line(beyond, BOTTOM, beyond, BOTTOM + 4, INK))
             body.append(text(beyond, BOTTOM + 18, spelled(tick), anchor="middle", fill=FAINT))

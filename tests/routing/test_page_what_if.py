@@ -151,6 +151,12 @@ def test_a_line_is_in_proportion_and_a_gap_is_a_gap() -> None:
     assert BOTTOM - float(signs[0].get("cy", "")) == pytest.approx((BOTTOM - five) * 2 / 5, abs=0.1)
 
 
+def test_zeros_lie_at_the_foot_of_a_whole_axis() -> None:
+    svg = curves("t", "d", [1, 2], [Trail("a", [0.0, 0.0])], ("x", "share"), percent=True)
+    assert {y for _x, y in points(parts(svg, "path")[0])} == {BOTTOM}
+    assert "100%" in [each.text for each in parts(svg, "text")]
+
+
 def test_chance_is_dashed_and_a_bound_thin() -> None:
     trails = [Trail("a", [1, 2]), Trail("c", [1, 1], 0, "chance"), Trail("c, b", [2, 2], 1, "chance")]
     svg = curves("t", "d", [1, 2], [*trails, Trail("b", [3, 3], 0, "bound")], ("x", "share"), percent=True)
@@ -180,7 +186,7 @@ def test_ticks_are_whole_where_x_are_and_never_touch() -> None:
         svg = curves("t", "d", x, [Trail("a", [1.0] * len(x))], ("x", "y"))
         below = [each for each in parts(svg, "text") if each.get("text-anchor") == "middle"][:-1]
         places = [float(each.get("x", "")) for each in below]
-        assert places and all(b - a >= 36 for a, b in pairwise(places))
+        assert places and all(b - a >= 44 for a, b in pairwise(places))
         if len(x) == 64:
             assert [each.text for each in below] == ["0", "10", "20", "30", "40", "50", "60"]
 

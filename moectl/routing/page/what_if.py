@@ -159,7 +159,7 @@ def _moving(curve: Curve, numbers: Mapping[str, int], name: str) -> str:
     trails = _trails(curve, numbers)
     heading, start = _furthest(curve, trails)
     scale = across(curve.x)
-    named = {which: ", ".join(trail.series for trail in trails if trail.kind == which) for which in ("chance", "bound")}
+    named = {which: "; ".join(trail.series for trail in trails if trail.kind == which) for which in ("chance", "bound")}
     said = [f"Dashed: {named['chance']}."] * bool(named["chance"])
     said += [f"Thin: {named['bound']}, which cannot be beaten."] * bool(named["bound"])
     said += ["The axis below is logarithmic."] * scale.log
