@@ -20,8 +20,8 @@ from measured import page as measured
 from typer.main import get_command
 
 from moectl.cli.main import app
-from moectl.compress.prune_families import PRUNABLE
-from moectl.compress.prune_families import REFUSED as PRUNE_REFUSED
+from moectl.compress.prune.families import PRUNABLE
+from moectl.compress.prune.families import REFUSED as PRUNE_REFUSED
 from moectl.compress.qmoe_families import REFUSED as QMOE_REFUSED
 from moectl.families.listing import listing, refusals
 from moectl.routers.listing import described

@@ -64,7 +64,7 @@ def require_in_step(text: str, made: dict[str, str], where: Path) -> None:
 def table(document: dict[str, Any]) -> str:
     """One document: a row per cell, a column per measured backend; below it, on what and with which command."""
     rows = [row for row in document["rows"] if row.get("p50_ms")]
-    make = {"layer": _layer, "kernels": _kernels, "model": _model}[document["kind"]]
+    make = {"layer": _layer, "kernels": _kernels, "model": _model, "routers": _routers}[document["kind"]]
     device = document["device"]
     versions = ", ".join(f"{name} {device['versions'][name]}" for name in ("torch", "triton", "transformers"))
     threads = f", {device['threads']} thread(s)" if device.get("threads") else ""
@@ -107,6 +107,17 @@ def _kernels(rows: list[Row]) -> list[str]:
         numbers = [plain(cell(key, row.get(key))) for key in columns]
         stage = f"{row['what']}: {row['stage']}" if "what" in row else row["stage"]
         lines.append(_line([row["model"], row["dtype"], row["tokens"], stage, *numbers]))
+    return lines
+
+
+def _routers(rows: list[Row]) -> list[str]:
+    columns = ["ms", "tokens/s", "max/mean load", "dropped %", "× plain torch"]
+    lines = _head(["d,f,E,k or model", "dtype", "tokens", "router", *columns], numeric_from=4)
+    for row in rows:
+        times = (plain(rounded(row["p50_ms"], 3)), count(row["tokens_per_s"]))
+        shares = (row["imbalance"], 100 * row["dropped"], row["speedup"])
+        numbers = [*times, *(plain(rounded(share, 3)) for share in shares)]
+        lines.append(_line([row["model"], row["dtype"], row["tokens"], row["backend"], *numbers]))
     return lines
 
 

@@ -19,6 +19,11 @@ TERNARY = (
     "The floor is the same for all: the codewords, counts and levels of the experts that got rows, read once at the "
     "speed of a large copy of the same run. On a GPU every way is timed as a CUDA graph."
 )
+ROUTERS = (
+    "All routers are in use: no noise, no losses. They get the same hidden states, whose mean makes linear gates like "
+    "some experts more; those that go by logits get logits, the others are timed with the gate of their own. Load is "
+    "that of the busiest expert over the mean."
+)
 MODEL = (
     "The backends of one model take turns on the same weights and prompts; models come one after the other. Decode is "
     "the median time of a token after the prompt, without `generate` around it; the time to the first token is with it."
@@ -39,6 +44,8 @@ def render(document: dict[str, Any]) -> str:
 def _how(document: dict[str, Any]) -> str:
     if document["kind"] == "model":
         return MODEL
+    if document["kind"] == "routers":
+        return ROUTERS
     return TERNARY if document["settings"].get("what") == "ternary" else FLOOR
 
 
@@ -46,6 +53,9 @@ def _figures(document: dict[str, Any]) -> Iterator[Part]:
     rows = [row for row in document["rows"] if row.get("p50_ms")]
     if document["kind"] == "model":
         yield from _model_figures(rows)
+        return
+    if document["kind"] == "routers":
+        yield from _router_figures(rows)
         return
     label = "stage" if document["kind"] == "kernels" else "backend"
     series = list(dict.fromkeys(row[label] for row in rows))
@@ -123,6 +133,26 @@ def _roof_words(points: list[Point], roof: dict[str, Any]) -> str:
     return (
         f"Roof: {roof['tflops']:.3g} TFLOP/s and {roof['gbs']:.3g} GB/s. Highest of {len(points)} points: {best.label}."
     )
+
+
+def _router_figures(rows: list[Row]) -> Iterator[Part]:
+    for (model, dtype), group in groupby(rows, lambda row: (row["model"], row["dtype"])):
+        cells, title = list(group), f"{model} {dtype}"
+        series = list(dict.fromkeys(row["backend"] for row in cells))
+        yield Heading(title)
+        for key, axis in (("p50_ms", "milliseconds"), ("imbalance", "largest over mean load")):
+            groups = [
+                (f"{tokens:,} token{'s' if tokens > 1 else ''}", [_bar(row, key) for row in at_once])
+                for tokens, at_once in groupby(cells, lambda row: row["tokens"])
+            ]
+            drawing = bars(f"{title}: {axis}", f"{len(cells)} bars.", groups, series, axis)
+            yield Figure(
+                axis.capitalize(), drawing, "Median of the calls, mean of the inputs.", f"{model}-{dtype}-{key}"
+            )
+
+
+def _bar(row: Row, key: str) -> Bar:
+    return Bar(row["backend"], row[key], f"{row[key]:.3g}")
 
 
 def _model_figures(rows: list[Row]) -> Iterator[Part]:

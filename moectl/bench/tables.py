@@ -37,6 +37,10 @@ def short(document: dict[str, Any]) -> Iterable[tuple[str, list[str], list[list[
     if document["kind"] == "model":
         yield "", *_models(rows)
         return
+    if document["kind"] == "routers":
+        for (model, dtype, tokens), group in groupby(rows, lambda row: (row["model"], row["dtype"], row["tokens"])):
+            yield f"{model} {dtype}, {tokens} tokens", *_routers(list(group))
+        return
     for (model, dtype, what), group in groupby(rows, lambda row: (row["model"], row["dtype"], row.get("what"))):
         title = " ".join(word for word in (model, dtype, what) if word)
         unit, factor = flops_unit(document, dtype)
@@ -86,6 +90,22 @@ def _models(rows: list[Row]) -> tuple[list[str], list[list[Cell]]]:
     ]
 
 
+def _routers(rows: list[Row]) -> tuple[list[str], list[list[Cell]]]:
+    columns = ["router", "ms", "p20-p80", "tokens/s", "max/mean load", "dropped %", "×"]
+    return columns, [
+        [
+            row["backend"],
+            rounded(row["p50_ms"], 3),
+            f"{row['p20_ms']:.3g}-{row['p80_ms']:.3g}",
+            count(row["tokens_per_s"]),
+            rounded(row["imbalance"], 3),
+            rounded(100 * row["dropped"], 2),
+            rounded(row["speedup"], 3),
+        ]
+        for row in rows
+    ]
+
+
 def missing(document: dict[str, Any]) -> list[str]:
     """Why rows have no time: one line per reason, naming whom it stopped and, where not always, at how many tokens."""
     reasons: dict[tuple[str, str], list[Row]] = {}
@@ -105,6 +125,8 @@ def missing(document: dict[str, Any]) -> list[str]:
 def finding(document: dict[str, Any]) -> str:
     """The result in one sentence: ours against the fastest of the others, cell by cell."""
     rows = [row for row in document["rows"] if row.get("p50_ms")]
+    if document["kind"] == "routers":
+        return _routers_finding(rows)
     if document["kind"] != "layer" or not rows:
         best = max(rows, key=lambda row: row.get("speedup") or 0, default=None)
         if document["kind"] == "model" and best and len(rows) > 1:
@@ -128,6 +150,18 @@ def finding(document: dict[str, Any]) -> str:
     cells = f"all {len(ratios)} cells" if won == len(ratios) else f"{won} of {len(ratios)} cells"
     rivals = "the fastest of the others" if len(others) > 1 else next(iter(others))
     return f"moectl is {span} times as fast as {rivals}, and ahead in {cells}"
+
+
+def _routers_finding(rows: list[Row]) -> str:
+    """The routers of the fused kernel against plain torch, and the range of all."""
+    speeds = [row["tokens_per_s"] for row in rows]
+    if not speeds:
+        return "Nothing was measured"
+    told = f"{count(min(speeds))} to {count(max(speeds))} tokens/s"
+    ratios = [row["speedup"] for row in rows if row.get("speedup")]
+    if not ratios:
+        return told
+    return f"{told}; the fused ones are {min(ratios):.2f} to {max(ratios):.2f} times as fast as plain torch"
 
 
 def _ternary_finding(rows: list[Row]) -> str:

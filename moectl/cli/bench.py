@@ -164,6 +164,43 @@ def kernels(
     gate(document, baseline, limit, quiet)
 
 
+@app.command("routers")
+def routers(
+    models: Models = None,
+    shape: Shapes = None,
+    tokens: Tokens = None,
+    router: Annotated[
+        str | None,
+        typer.Option(metavar="NAME[:OPTION=VALUE,...],...", help="Some of them; all by default.", show_default=False),
+    ] = None,
+    dtype: Dtype = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    clock: Clock = "wall",
+    time: Time = 0.1,
+    seed: options.Seed = 0,
+    revision: options.Revision = None,
+    json: options.Json = False,
+    html: Html = None,
+    output: Output = None,
+    baseline: Baseline = None,
+    fail_slower: FailSlower = None,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure every router: tokens per second, balance, and the share it drops; beside plain torch where ours is fused.
+
+    Each takes the shape's top-k, but one that sends a token to one expert stays so. `moectl routers` lists them.
+    """
+    from moectl.bench import routers as routing
+
+    settings = settings_of(models, shape, tokens, dtype, "uniform", 1, device, threads, clock, time, seed, revision)
+    settings = replace(settings, backends=[router] if router else [])
+    limit = limit_of(baseline, fail_slower)
+    document = routing.measure(settings, progress(quiet), keep(output))
+    deliver(document, json=json, html=html, file=output, quiet=quiet)
+    gate(document, baseline, limit, quiet)
+
+
 @app.command("model")
 def model(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Directories, Hub ids or hf://org/name@rev.")],

@@ -15,7 +15,7 @@ from moectl.errors import MoectlError
 if TYPE_CHECKING:
     from moectl.checkpoint.plan import Plan
     from moectl.checkpoint.source import Checkpoint
-    from moectl.compress.prune_scores import Scores
+    from moectl.compress.prune.scores import Scores
 
 _BUILTIN_COST = (
     "Experts are chosen on built-in text: Python's own code and documentation, and sums. What other text needs may be "
@@ -101,11 +101,11 @@ def prune(
 
     from moectl.checkpoint.source import Checkpoint
     from moectl.compress.calibration import BUILTIN, Calibration
-    from moectl.compress.prune import plan_prune
-    from moectl.compress.prune_calibration import scores_for
-    from moectl.compress.prune_layout import layout_of
-    from moectl.compress.prune_recipe import PruneRecipe
-    from moectl.compress.prune_scores import never_routed
+    from moectl.compress.prune.calibration import scores_for
+    from moectl.compress.prune.layout import layout_of
+    from moectl.compress.prune.plan import plan_prune
+    from moectl.compress.prune.recipe import PruneRecipe
+    from moectl.compress.prune.scores import never_routed
     from moectl.report import output
 
     how = writing.Writing(
@@ -157,7 +157,7 @@ def _told(
     plan: Plan, scores: Scores | None, out: Path, html: Path | None, specs: tuple[str, ...], device: str, *, quiet: bool
 ) -> dict[str, Any]:
     """What became of the model, measured on `specs`, said on stderr and written as a page."""
-    from moectl.compress.prune_page import render
+    from moectl.compress.prune.page import render
     from moectl.report import html as pages
     from moectl.report import output
 

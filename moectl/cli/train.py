@@ -40,11 +40,18 @@ def train(
         ),
     ] = None,
     freeze_experts: Annotated[bool, typer.Option("--freeze-experts", help="Leave the routed experts alone.")] = False,
-    aux_loss: Annotated[float, typer.Option(help="Coefficient of each layer's balancing loss; 0 is off.")] = 0.01,
+    aux_loss: Annotated[
+        float | None,
+        typer.Option(
+            help="Coefficient of each layer's balancing loss; 0 is off, as it is with --router, and 0.01 else.",
+            show_default=False,
+        ),
+    ] = None,
     z_loss: Annotated[float, typer.Option(help="Coefficient of each layer's router z-loss; 0 is off.")] = 0.0,
     bias_update: Annotated[
         float, typer.Option(help="Step of the selection biases, in families that have them; 0 is off.")
     ] = 0.0,
+    router: training.Router = None,
     dtype: training.Compute = "float32",
     experts_implementation: Annotated[
         str | None,
@@ -81,6 +88,10 @@ def train(
     One process needs no launcher; under torchrun the model is sharded over all of them (FSDP2) and the data stays the
     same. stdout is the path of OUT.
 
+    With --router the MoE layers are routed by another router, with the losses of its paper. What no class of
+    transformers can hold is saved as a research checkpoint, which moectl alone loads. An encoder-decoder is trained to
+    fill in spans of its text.
+
     SIGTERM saves and exits with 143. The same command resumes from the last checkpoint, whatever ended it, and gives
     the parameters of an undisturbed run, bit for bit in float32 with as many processes as before.
     """
@@ -108,9 +119,10 @@ def train(
         clip=clip,
         only=only or "all",
         freeze_experts=freeze_experts,
-        aux_loss=aux_loss,
+        aux_loss=(0.0 if router else 0.01) if aux_loss is None else aux_loss,
         z_loss=z_loss,
         bias_update=bias_update,
+        router=router,
         dtype=dtype,
         implementation=experts_implementation,
         seed=seed,
@@ -118,6 +130,7 @@ def train(
     recipe.check()
     source = open_source(model, revision)
     is_adapter = isinstance(source, Adapter)
+    training.caution(router)
     if is_adapter and only is None:
         recipe = replace(recipe, only="adapters")
     with joined(device) as world:

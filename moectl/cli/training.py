@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,9 +29,27 @@ MinLr = Annotated[float, typer.Option(help="Where the cosine ends, as a share of
 WeightDecay = Annotated[float, typer.Option(help="AdamW's decay of matrices.")]
 Clip = Annotated[float, typer.Option(help="Largest norm of the gradient.")]
 Compute = Annotated[str, typer.Option(help="float32, or bfloat16 for autocast; weights are trained in float32.")]
+Router = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME[:OPTION=VALUE,...]",
+        help="Route MoE layers by another router: moectl routers lists them.",
+        show_default=False,
+    ),
+]
 SaveEvery = Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")]
 Keep = Annotated[int, typer.Option(min=1, help="Checkpoints that are kept while training.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+def caution(router: str | None) -> None:
+    """Warn of what has to be known of a router that was asked for."""
+    if router is not None and int(os.environ.get("RANK", "0")) == 0:
+        from moectl.layerwise.routed import cautions, one_router
+        from moectl.report import output
+
+        for words in cautions(one_router(router).entry):
+            output.warn(words)
 
 
 def train_shown(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moectl.cli import options, writing
+from moectl.cli import options, training, writing
 from moectl.cli.btx import btx
 from moectl.cli.pesc import pesc
 from moectl.cli.split import split
@@ -57,6 +57,7 @@ def sparse(
         float, typer.Option(help="Standard deviation of normal noise added to every expert weight; 0 is exact.")
     ] = 0.0,
     aux_loss_coef: Annotated[float, typer.Option(help="Load-balancing loss coefficient in the config.")] = 0.01,
+    router: training.Router = None,
     dtype: writing.Dtype = "auto",
     seed: options.Seed = 0,
     shard_size: writing.ShardSize = "5GB",
@@ -73,7 +74,7 @@ def sparse(
 
     The result computes the same function as DENSE (unless --noise, --drop, --reinit or --scale give that up),
     loads in transformers and vLLM, and is written at disk speed in constant memory. stdout is the path of OUT.
-    The same command resumes after an interruption.
+    The same command resumes after an interruption. With --router it is a research checkpoint, which moectl alone loads.
 
     Workers share nothing but the disk: the last one publishes, as does moectl finish OUT. One that ends before
     prints nothing on stdout (with --json, a document that says "published": false) and exits with 0.
@@ -120,15 +121,22 @@ def sparse(
     source = Checkpoint.open(dense, revision)
     for warning in source.warnings:
         output.warn(warning)
-    plan = plan_sparse(source, recipe)
-    facts = plan.facts
-    writing.carry_out(
-        plan,
-        how,
-        headline=f"{source.name} ({facts['source_family']}, {output.count(facts['source_parameters'])}) -> "
-        f"{facts['family']}, {experts} experts, top {top_k}",
-        against=() if facts["dequantised"] else (dense,),  # transformers may not run the quantised source
-    )
+    training.caution(router)
+    with writing.statistics(out, dry_run=dry_run) as place:
+        plan = plan_sparse(source, recipe)
+        facts = plan.facts
+        if router is not None:
+            from moectl.layerwise.routed import routed_plan
+
+            plan = routed_plan(plan, router, place, seed)
+        writing.carry_out(
+            plan,
+            how,
+            headline=f"{source.name} ({facts['source_family']}, {output.count(facts['source_parameters'])}) -> "
+            f"{facts['family']}, {experts} experts, {f'routed by {router}' if router else f'top {top_k}'}",
+            # transformers may not run a quantised source, and another router computes another function
+            against=() if facts["dequantised"] or router else (dense,),
+        )
 
 
 app.command("btx")(btx)

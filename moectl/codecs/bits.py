@@ -9,7 +9,7 @@ from math import prod
 
 import numpy as np
 
-from moectl.codecs.compiled import compiled
+from moectl.compiled import compiled
 
 CHUNK = 1 << 20
 """Bits that are packed at once: while they are, each is a byte."""

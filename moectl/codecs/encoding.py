@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from moectl.codecs.compiled import compiled
 from moectl.codecs.entries import CODES, SLOTS, UNUSED
 from moectl.codecs.tables import Table
+from moectl.compiled import compiled
 
 MAX_COUNT = (1 << 16) - 1
 """Codewords in a row: as many as an unsigned 16-bit number counts."""

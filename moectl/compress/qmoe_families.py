@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moectl.compress.prune_families import PART
+from moectl.compress.prune.families import PART
 
 REFUSED: dict[str, str] = {
     "deepseek_ocr2_text": PART,

@@ -28,6 +28,7 @@ from moectl.compress.qmoe import coded, exported, plan_qmoe
 from moectl.compress.qmoe_recipe import QmoeRecipe
 from moectl.compress.quantise.method import Method
 from moectl.errors import InputError
+from moectl.integrations.complete import is_routed
 from moectl.layerwise.pairs import Ids, model_inputs, parts
 from moectl.layerwise.skeleton import all_layers, build, read_config
 from moectl.layerwise.whole import check_ids, device_named, dtype_named
@@ -61,6 +62,12 @@ class Job:
             InputError: the model has no experts that can be coded, or model and data do not belong together.
             MachineError: there is no such device, or the Hub cannot be reached.
         """
+        if is_routed(source):
+            raise InputError(
+                f"{escape(source.name)} is a research checkpoint, with a router of moectl's own.",
+                "A compressed checkpoint has the class of an ordinary one, and no such class has that router.",
+                "Give the checkpoint it was made from.",
+            )
         model = build(source, torch.float32, "meta", two_stacks=True)
         found = [name for layer in all_layers(source, model)[0].items() for name in candidates(*layer)]
         if not found:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from moectl.integrations.routed.config import with_router
 from moectl.integrations.routed.install import check_fit, install
 from moectl.layerwise.loading import names_in_memory
 from moectl.layerwise.quiet import quiet
-from moectl.routers.registry import find
+from moectl.routers.registry import Entry, find
 from moectl.routers.spelling import Named, parse
 from moectl.text import escape
 
@@ -50,6 +51,25 @@ def one_router(text: str) -> Named:
         raise UsageError(f"--router {escape(text)} names {len(found)} routers.", "A model has one.", "Give one.")
     check_fit(found[0].entry)
     return found[0]
+
+
+def cautions(entry: Entry) -> list[str]:
+    """What has to be known of a router before its numbers are read."""
+    found = []
+    if entry.name == "mod":
+        found.append(
+            "While it is trained, which tokens pass through a layer depends on later ones. In use a predictor decides, "
+            "of each token by itself, unless decide=top is given."
+        )
+    elif not entry.causal:
+        found.append(
+            f"The router {entry.name} is not causal: where a token goes depends on others that come after it. A loss "
+            "on whole texts knows something of what it predicts, and text that is written token by token is routed in "
+            "another way than text that is read."
+        )
+    if not entry.verified:
+        found.append(f"The router {entry.name} was written from memory and is unverified.")
+    return found
 
 
 def router_of(text: str, config: PreTrainedConfig) -> dict[str, Any]:
@@ -110,7 +130,9 @@ def routed_plan(plan: Plan, text: str, place: Path, seed: int = 0) -> Plan:
     kept = _kept_gates(plan.tensors, targets, before, added)
     place.mkdir(parents=True, exist_ok=True)
     file = place / "routers.safetensors"
-    save_file({name: value for name, value in _drawn(parts, seed) if name not in kept}, file)
+    work = file.with_suffix(f".{os.getpid()}")  # several workers may be at it, all with the same bytes
+    save_file({name: value for name, value in _drawn(parts, seed) if name not in kept}, work)
+    work.rename(file)
     sources = (*plan.sources, Checkpoint.of_file(file))
     tensors = [tensor for tensor in plan.tensors if targets[tensor.name] not in before.keys() - after.keys()]
     for name, value in sorted(added.items()):
@@ -159,15 +181,7 @@ def card(source: Checkpoint, router: Mapping[str, Any]) -> str:
         "",
         f"Its MoE layers are routed by {entry.title}{f' ({papers})' if papers else ''}, with {options}.",
     ]
-    if not entry.causal and router["options"].get("decide", "top") == "top":
-        lines += [
-            "",
-            "**The router is not causal:** where a token goes depends on tokens that come after it. A loss that is",
-            "measured on whole texts knows something of what it predicts, and text that is generated token by token is",
-            "routed in another way than text that is read.",
-        ]
-    if not entry.verified:
-        lines += ["", "The router was written from memory and is unverified."]
+    lines += [line for words in cautions(entry) for line in ("", words)]
     return "\n".join(lines) + "\n"
 
 

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moectl.routers.labels import labelled, linear, rows
-from moectl.routers.losses import noisy_load, squared_cv
+from moectl.routers.labels import labelled, rows
+from moectl.routers.losses import importance_and_load
 from moectl.routers.protocol import NO_EXPERT, Context, Options, Router, Routing, routing, top, wide
+from moectl.routers.task_level import MtTag
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class AdaMvOptions(Options):
         most: experts per token that no task goes beyond.
         tasks: how many there are.
         noise: in training scores are moved by N(0, noise / E).
-        aux_loss: coefficient of the importance and load losses, a half for each.
+        aux_loss: coefficient of the mean of the importance and the load loss.
         patience: steps without a better validation loss after which a task gets one expert more.
     """
 
@@ -45,6 +46,7 @@ class AdaMvMoe(Router):
     """
 
     Options = AdaMvOptions
+    make_gate, score = MtTag.make_gate, MtTag.score  # a gate per task
     top_k_Z: Tensor
     best_Z: Tensor
     best_step_Z: Tensor
@@ -60,16 +62,6 @@ class AdaMvMoe(Router):
         self.register_buffer("grown", torch.tensor(False))
         self.register_buffer("settled", torch.tensor(False))
 
-    def make_gate(self, hidden_size: int) -> None:
-        """One linear gate per task."""
-        shape = (self.options.tasks, self.num_experts, hidden_size)
-        self.weight_ZED = nn.Parameter(torch.randn(shape) * hidden_size**-0.5)
-
-    def score(self, hidden_TD: Tensor, context: Context) -> Tensor:
-        """Router logits of each token's own gate [T, E]."""
-        task_T = labelled(context.task_T, self.options.tasks, "task")
-        return linear(wide(hidden_TD), wide(self.weight_ZED), task_T)
-
     def route(self, scores_TE: Tensor, context: Context) -> Routing:
         """The choice; NO_EXPERT after a task's own number of experts."""
         task_T = labelled(context.task_T, self.options.tasks, "task")
@@ -79,7 +71,8 @@ class AdaMvMoe(Router):
             noisy_TE = clean_TE + torch.empty_like(clean_TE).normal_(std=spread, generator=context.generator)
         if context.training:
             for task, row_R in rows(task_T, self.options.tasks):
-                loss = loss + _losses(clean_TE[row_R], noisy_TE[row_R], int(self.top_k_Z[task]), spread)
+                top_k = int(self.top_k_Z[task])
+                loss = loss + importance_and_load(clean_TE[row_R], noisy_TE[row_R], top_k, spread)
         wanted_TK = torch.arange(int(self.top_k_Z.max()), device=task_T.device) < self.top_k_Z[task_T][:, None]
         index_TK = top(noisy_TE, wanted_TK.shape[1])
         weight_TK = noisy_TE.softmax(-1).gather(1, index_TK)
@@ -107,9 +100,3 @@ class AdaMvMoe(Router):
                 changed = True
         if changed:
             self.grown.fill_(True)
-
-
-def _losses(clean_RE: Tensor, noisy_RE: Tensor, top_k: int, spread: float) -> Tensor:
-    """A half of the importance loss, and of the load loss where there is noise."""
-    importance = squared_cv(clean_RE.softmax(-1).sum(0))
-    return 0.5 * (importance + (noisy_load(clean_RE, noisy_RE, top_k, spread) if spread else 0))

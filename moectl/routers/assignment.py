@@ -6,13 +6,11 @@ experts, and not over T tokens and T places as a matching's would be. Legend: T 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
+
+from moectl.compiled import compiled
 
 
 @torch.no_grad()
@@ -25,7 +23,7 @@ def balanced(scores_TE: Tensor, room: int) -> Tensor:
     T, E = scores_TE.shape
     if E * room < T:
         raise ValueError(f"{T} tokens do not fit into {E} experts with {room} places each")
-    expert_T = _loop()(scores_TE.double().cpu().numpy(), room)
+    expert_T = _assign(scores_TE.double().cpu().numpy(), room)
     return torch.from_numpy(expert_T).to(scores_TE.device)
 
 
@@ -49,16 +47,7 @@ def losses_of_moving(scores_TE: Tensor, expert_T: Tensor, room: int) -> Tensor:
     return loss_EE
 
 
-@cache
-def _loop() -> Callable[..., Any]:
-    from numba import njit  # it is in memory only where tokens are assigned
-
-    try:
-        return njit(cache=True, nogil=True)(_assign)
-    except RuntimeError:  # neither the package's directory nor the user's cache can be written
-        return njit(nogil=True)(_assign)
-
-
+@compiled
 def _assign(score_TE: np.ndarray, room: int) -> np.ndarray:
     """Dijkstra over experts, on losses made non-negative by the experts' prices, which stay 0 while there is room."""
     T, E = score_TE.shape

@@ -34,7 +34,7 @@ class DeepSeekMoe(Router):
 
     Losses: alpha_1 sum_i f_i P_i, f_i = N / (K T) * assignments (eq. 12-14), and alpha_2 sum_d f'_d P'_d, f' the mean
     of f and P' the sum of P in a device (eq. 15-17). The first one is that of each sequence where sequences are known,
-    as in the released code.
+    as in the released code, which has no loss over devices: that one is as others quote the paper.
     """
 
     Options = DeepSeekMoeOptions

@@ -11,19 +11,21 @@ from moectl.routers import expert_groups
 from moectl.routers.bias import step_towards_mean
 from moectl.routers.choice import choose
 from moectl.routers.losses import sequence_load_balancing
-from moectl.routers.protocol import Context, Options, Router, Routing, routing, wide
+from moectl.routers.protocol import Context, Options, Router, Routing, routing, top, wide
 
 
 @dataclass(frozen=True, slots=True)
 class DeepSeekV3Options(Options):
-    """Attributes:
-    top_k: routed experts per token, beside the shared one.
-    groups: nodes, each with as many consecutive experts.
-    top_groups: nodes that a token may reach.
-    scale: of the weights.
-    normalize: whether weights add up to `scale`.
-    bias_rate: step of the selection bias after each step of training (gamma).
-    aux_loss: coefficient of the balance within each sequence (alpha).
+    """The values of the 671B model.
+
+    Attributes:
+        top_k: routed experts per token, beside the shared one.
+        groups: nodes, each with as many consecutive experts.
+        top_groups: nodes that a token may reach.
+        scale: of the weights.
+        normalize: whether weights add up to `scale`.
+        bias_rate: step of the selection bias after each step of training (gamma).
+        aux_loss: coefficient of the balance within each sequence (alpha).
     """
 
     top_k: int = 8
@@ -40,8 +42,9 @@ class DeepSeekV3(Router):
     their sum, times 2.5 (section 2.1.2, eq. 12-16). The bias b is in the choice only, and moves by gamma * sign(mean
     load - load) after each step.
 
-    Loss: the balance of each sequence, over s divided by its sum over experts (eq. 17-20). Nodes are ranked by the
-    sum of K / M = 2 scores in the paper and of 2 in the code.
+    Loss: the balance of each sequence, of s divided by its sum over experts and of how often an expert is among the K
+    best s, whatever b and the nodes made of it (eq. 17-20; Megatron-LM counts so too). Nodes are ranked by the sum of
+    K / M = 2 scores in the paper and of 2 in the code.
     """
 
     Options = DeepSeekV3Options
@@ -69,7 +72,8 @@ class DeepSeekV3(Router):
         if context.training and options.aux_loss:
             affinity_TE = wide(scores_TE).sigmoid()
             share_TE = affinity_TE / affinity_TE.sum(1, keepdim=True)
-            loss = options.aux_loss * sequence_load_balancing(share_TE, index_TK, context.sequence_T)
+            best_TK = top(affinity_TE, options.top_k)
+            loss = options.aux_loss * sequence_load_balancing(share_TE, best_TK, context.sequence_T)
         return routing(index_TK, weight_TK, None, loss)
 
     def after_step(self, load_E: Tensor) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from moectl.routers.labels import labelled
-from moectl.routers.protocol import Context, Options, Router, Routing, routing, wide
+from moectl.routers.protocol import Context, Options, Routing, routing, wide
+from moectl.routers.single import Single
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,22 +22,14 @@ class DeMixOptions(Options):
     top_k: int = 1
 
 
-class DeMix(Router):
+class DeMix(Single):
     """The expert of the token's domain, with weight 1. Nothing is learnt, nothing is balanced but by the data.
 
     Experts are domains, so that one can be added or removed. For text of an unknown domain the layers are run once for
     each domain, and the predictions are mixed with `posterior`.
-
-    Raises:
-        ValueError: more than one expert per token is asked for.
     """
 
     Options = DeMixOptions
-
-    def __init__(self, hidden_size: int | None, num_experts: int, options: DeMixOptions | None = None) -> None:
-        super().__init__(hidden_size, num_experts, options)
-        if self.options.top_k != 1:
-            raise ValueError(f"top_k is {self.options.top_k}: a token has one domain, and each domain one expert")
 
     def make_gate(self, hidden_size: int) -> None:
         """There is none."""

@@ -64,7 +64,7 @@ class DSelectK(Router):
         options, T = self.options, len(scores_TE)
         code_TKM = scores_TE[:, : -options.top_k].reshape(T, options.top_k, self.bits)
         bit_TKM = smooth_step(wide(code_TKM), options.gamma)
-        selected_TKE = torch.ones_like(bit_TKM[..., :1])
+        selected_TKE = bit_TKM.new_ones(T, options.top_k, 1)
         for bit_TK in bit_TKM.unbind(-1):  # the highest first: what is known of a number doubles with each
             both_TK2 = torch.stack([1 - bit_TK, bit_TK], -1)
             selected_TKE = (selected_TKE[..., None] * both_TK2[..., None, :]).flatten(2)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moectl.routers.capacity import capacity, kept
-from moectl.routers.losses import noisy_load, squared_cv
+from moectl.routers.losses import importance_and_load
 from moectl.routers.protocol import Context, Options, Router, Routing, routing, top, wide
 
 
@@ -63,10 +63,9 @@ class E3(Router):
             room_TK = kept(index_TK, E, capacity(T, size, options.top_k, options.capacity_factor))
         loss = None
         if context.training and options.aux_loss:
-            both = [
-                squared_cv(clean_TME[:, m].softmax(-1).sum(0))
-                + (noisy_load(clean_TME[:, m], noisy_TME[:, m], options.top_k, noise) if noise else 0)
+            each = [
+                importance_and_load(clean_TME[:, m], noisy_TME[:, m], options.top_k, noise)
                 for m in range(options.members)
             ]
-            loss = options.aux_loss * torch.stack(both).mean() / 2
+            loss = options.aux_loss * torch.stack(each).mean()
         return routing(index_TK, probability_TME.gather(2, best_TMK).flatten(1), room_TK, loss)

@@ -29,7 +29,8 @@ class ExpertChoice(Router):
 
     Not causal: whether a token is taken depends on all others, later ones too. All tokens that are given compete: a
     batch, as in the paper (flaxformer: a group). Not built: the cap on a token's experts by a linear program (section
-    3.3). A token's choices are sorted by weight, and there are as many columns as the most that one token has.
+    3.3), which the paper finds to do worse. A token's choices are sorted by weight, and there are as many columns as
+    the most that one token has.
     """
 
     Options = ExpertChoiceOptions
@@ -41,7 +42,7 @@ class ExpertChoice(Router):
         room = min(T, capacity(T, E, self.options.top_k, self.options.capacity_factor))
         token_CE = share_TE.argsort(dim=0, descending=True, stable=True)[:room]
         taken_TE = torch.zeros_like(share_TE, dtype=torch.bool).scatter(0, token_CE, True)
-        width = max(1, int(taken_TE.sum(1).max()))
+        width = max(1, int(taken_TE.sum(1).max())) if T else 1
         order_TK = share_TE.masked_fill(~taken_TE, -1).argsort(dim=1, descending=True, stable=True)[:, :width]
         index_TK = torch.where(taken_TE.gather(1, order_TK), order_TK, NO_EXPERT)
         return routing(index_TK, share_TE.gather(1, order_TK))

@@ -1,6 +1,6 @@
 """Experts in groups, one group per device or node: how many groups a token may reach.
 
-Legend: T tokens, E experts, G groups.
+Legend: T tokens, E experts, G groups, M experts of a group.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ def check(num_experts: int, groups: int, top_groups: int, top_k: int) -> None:
 
 def limited(choice_TE: Tensor, groups: int, top_groups: int, best: int) -> Tensor:
     """The scores, -inf outside of each token's `top_groups` groups: those whose `best` largest scores sum to most."""
-    T, E = choice_TE.shape
-    size = E // groups
-    score_TG = choice_TE.view(T, groups, size).topk(min(best, size)).values.sum(-1)
-    open_TG = torch.zeros_like(score_TG, dtype=torch.bool).scatter(1, top(score_TG, top_groups), True)
-    return choice_TE.masked_fill(~open_TG.repeat_interleave(size, 1), -math.inf)
+    group_TGM = choice_TE.unflatten(1, (groups, -1))
+    score_TG = group_TGM.amax(-1) if best == 1 else group_TGM.gather(-1, top(group_TGM, best)).sum(-1)
+    closed_TG = torch.ones_like(score_TG, dtype=torch.bool).scatter(1, top(score_TG, top_groups), False)
+    return group_TGM.masked_fill(closed_TG[..., None], -math.inf).flatten(1)

@@ -13,10 +13,12 @@ from moectl.routers.protocol import Context, Options, Router, Routing, routing, 
 
 @dataclass(frozen=True, slots=True)
 class Gemma4Options(Options):
-    """Attributes:
-    top_k: experts per token.
-    aux_loss: coefficient of the balancing loss; the model's own training is not published.
-    epsilon: of the input's RMS norm.
+    """The values of transformers.
+
+    Attributes:
+        top_k: experts per token.
+        aux_loss: coefficient of the balancing loss; the model's own training is not published.
+        epsilon: of the input's RMS norm.
     """
 
     top_k: int = 8

@@ -15,11 +15,13 @@ from moectl.routers.protocol import Context, Options, Router, Routing, routing, 
 
 @dataclass(frozen=True, slots=True)
 class GrinOptions(Options):
-    """Attributes:
-    threshold: experts i with (max - z_i) / max(|z_i|, max) > 2 * threshold are out of the question (the released
-        code's `router_jitter_noise`).
-    jitter: training multiplies what the gate is given by U(1 - jitter, 1 + jitter).
-    aux_loss: coefficient of the balancing loss.
+    """The values of Phi-3.5-MoE.
+
+    Attributes:
+        threshold: experts i with (max - z_i) / max(|z_i|, max) > 2 * threshold are out of the question (the released
+            code's `router_jitter_noise`).
+        jitter: training multiplies what the gate is given by U(1 - jitter, 1 + jitter).
+        aux_loss: coefficient of the balancing loss.
     """
 
     threshold: float = 0.01

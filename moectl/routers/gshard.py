@@ -16,14 +16,16 @@ from moectl.routers.protocol import NO_EXPERT, Context, Options, Router, Routing
 
 @dataclass(frozen=True, slots=True)
 class GShardOptions(Options):
-    """Attributes:
-    capacity_factor: places per expert over *tokens* per expert, in training: 2 has room for two balanced choices;
-        0: no limit.
-    eval_capacity_factor: the same, in use.
-    second: training keeps a further choice of weight w with probability min(1, w / second); 0: always.
-    jitter: training multiplies what the gate is given by U(1 - jitter, 1 + jitter).
-    aux_loss: coefficient of the balancing loss.
-    z_loss: coefficient of the mean squared log-sum-exp.
+    """The paper's values.
+
+    Attributes:
+        capacity_factor: places per expert over *tokens* per expert, in training, where a token has two choices (as much
+            per choice where it has more): 2 has room for all balanced ones; 0: no limit.
+        eval_capacity_factor: the same, in use.
+        second: training keeps a further choice of weight w with probability min(1, w / second); 0: always.
+        jitter: training multiplies what the gate is given by U(1 - jitter, 1 + jitter).
+        aux_loss: coefficient of the balancing loss.
+        z_loss: coefficient of the mean squared log-sum-exp.
     """
 
     capacity_factor: float = 2.0
@@ -63,5 +65,7 @@ class GShard(Router):
         room_TK = None
         factor = options.capacity_factor if context.training else options.eval_capacity_factor
         if factor:
-            room_TK = kept(index_TK, self.num_experts, capacity(len(scores_TE), self.num_experts, 1, factor))
+            room_TK = kept(
+                index_TK, self.num_experts, capacity(len(scores_TE), self.num_experts, options.top_k, factor / 2)
+            )
         return routing(index_TK, weight_TK, room_TK, loss)

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moectl.routers.protocol import Context, Options, Router, Routing, routing, top, wide
+from moectl.routers.protocol import NO_EXPERT, Context, Options, Router, Routing, routing, top, wide
 
 FEATURES = ("token", "previous", "bigram", "position")
 
@@ -38,7 +38,8 @@ class Hash(Router):
     """e = hash(token), weight 1, nothing to learn; the paper's random hash. K > 1 draws K experts, maybe one twice.
 
     ParlAI's code draws its table with Python's generator; here the id itself is scrambled (splitmix64), so that no
-    vocabulary is needed. For the paper's balanced assignment, or clusters of embeddings, write into `table_VK`.
+    vocabulary is needed. For the paper's balanced or dispersed tables, or its clusters of embeddings, write into
+    `table_VK`.
     """
 
     Options: ClassVar[type[Options]] = HashOptions
@@ -87,10 +88,12 @@ class MultiHashOptions(HashOptions):
 
 
 class MultiHash(Hash):
-    """K hash functions: choice k gives the k-th of K slices of each weight matrix (section 3.3).
+    """K hash functions k_m = hash_m(x): the m-th gives the m-th of K slices of each weight matrix (section 3.3).
 
-    v = relu([A1_{h1}(x), .., AK_{hK}(x)]), y = [B1_{h1}(v), .., BK_{hK}(v)]: an expert's number stands for its K
-    slices, and column k of the routing says whose k-th is taken. Unverified: written from memory.
+    v = relu([A1_{k1}(x), .., AK_{kK}(x)]), y = [B1_{k1}(v), .., BK_{kK}(v)]: an expert's number stands for its K
+    slices, and column m of the routing says whose m-th is taken. How a matrix is sliced is the layer's business.
+
+    Unverified: no source was at hand but what others quote of the paper.
     """
 
     Options = MultiHashOptions
@@ -98,22 +101,31 @@ class MultiHash(Hash):
 
 @dataclass(frozen=True, slots=True)
 class MoweOptions(HashOptions):
-    """As `HashOptions`; `of` and `seed` say nothing."""
+    """As `HashOptions`; `of` and `seed` say nothing.
+
+    Attributes:
+        unrouted: how many of the most frequent words, mostly punctuation, go to no expert.
+    """
+
+    unrouted: int = 16
 
 
 class Mowe(Hash):
     """e = id mod E, where ids are numbers in a routing vocabulary of words sorted by frequency (arXiv 2311.10768).
 
-    With as many experts as words each has its own; with fewer, neighbours in frequency are kept apart, so that no
-    expert has several of the most frequent ones. The context's tokens are to be numbers in that vocabulary, not the
-    model's. Unverified: written from memory.
+    The paper's hash of a routing id is fixed, and not told further; this one gives a word of its own to each expert
+    where there are as many, and else parts neighbours in frequency, so that no expert has several of the most frequent
+    words. Its buckets by frequency and blocks of experts are about where experts are kept. The context's tokens are to
+    be numbers in the routing vocabulary (a million words, by another tokenizer), not the model's.
+
+    Unverified: no source was at hand but what others quote of the paper.
     """
 
     Options = MoweOptions
 
     def experts(self, id_T: Tensor) -> Tensor:
         """Those of ids [T, 1]."""
-        return (id_T % self.num_experts)[:, None]
+        return torch.where(id_T < self.options.unrouted, NO_EXPERT, id_T % self.num_experts)[:, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,3 +193,12 @@ def balanced_table(count_V: Sequence[int], num_experts: int) -> Tensor:
         expert_V[number] = expert
         heapreplace(load, (held + count_V[number], expert))
     return expert_V[:, None]
+
+
+def dispersed_table(cluster_V: Tensor, num_experts: int) -> Tensor:
+    """The paper's dispersed hash, int64 [V, 1]: ids of one cluster in turn to all experts. A table of clusters, its
+    clustered hash, is the clusters' numbers themselves; it does worse than chance there, and this one as well as."""
+    order_V = cluster_V.argsort(stable=True)
+    sorted_V = cluster_V[order_V]
+    turn_V = torch.arange(len(cluster_V), device=cluster_V.device) - torch.searchsorted(sorted_V, sorted_V)
+    return torch.empty_like(order_V).scatter(0, order_V, turn_V % num_experts)[:, None]

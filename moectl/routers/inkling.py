@@ -13,11 +13,13 @@ from moectl.routers.protocol import Context, Options, Router, Routing, routing, 
 
 @dataclass(frozen=True, slots=True)
 class InklingOptions(Options):
-    """Attributes:
-    top_k: routed experts per token.
-    shared_experts: rows of the gate, after the routed experts', of experts that are always on.
-    scale: what a token's weights add up to, those of the shared experts included.
-    bias_rate: step of the selection bias after each step of training; how the model's own was trained is not known.
+    """The values of transformers.
+
+    Attributes:
+        top_k: routed experts per token.
+        shared_experts: rows of the gate, after the routed experts', of experts that are always on.
+        scale: what a token's weights add up to, those of the shared experts included.
+        bias_rate: step of the selection bias after each step of training; how the model's own was trained is not known.
     """
 
     top_k: int = 6

@@ -19,8 +19,9 @@ def labelled(label_T: Tensor | None, number: int, what: str) -> Tensor:
     """
     if label_T is None:
         raise ValueError(f"this router goes by the {what} of each token, and none is given")
-    if label_T.numel() and not 0 <= int(label_T.min()) <= int(label_T.max()) < number:
-        raise ValueError(f"a {what} is {int(label_T.max())}, of {number}")
+    for label in (int(label_T.min()), int(label_T.max())) if label_T.numel() else ():
+        if not 0 <= label < number:
+            raise ValueError(f"a {what} is {label}, of {number}")
     return label_T
 
 

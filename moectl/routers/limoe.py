@@ -37,8 +37,9 @@ class Limoe(Router):
     """Top-1 of softmax(W h), weight p; the most certain tokens of the batch, of either modality, get places first.
 
     For each modality m, over its own tokens: local(m) = mean H(p), so that a token knows its expert; global(m) =
-    max(0, log S - H(mean p)), so that the modality does not collapse onto fewer than S experts. Both are averaged over
-    the modalities there are; the paper chooses which modality gets which.
+    max(0, log S - H(mean p)), so that the modality does not collapse onto fewer than S experts. The code that this was
+    checked against quotes the threshold from the paper, and knows one modality; that both losses are averaged over the
+    modalities there are is from memory. The paper chooses which modality gets which.
     """
 
     Options = LimoeOptions
@@ -68,7 +69,7 @@ def entropy_loss(probability_TE: Tensor, modality_T: Tensor, options: LimoeOptio
         own_RE = probability_TE[row_R]
         missing = (threshold - entropy(own_RE.mean(0))).clamp(min=0)
         losses.append(options.local_loss * entropy(own_RE).mean() + options.global_loss * missing)
-    return torch.stack(losses).mean()
+    return sum(losses, probability_TE.new_zeros(())) / max(len(losses), 1)
 
 
 def entropy(probability: Tensor) -> Tensor:

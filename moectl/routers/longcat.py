@@ -12,12 +12,14 @@ from moectl.routers.protocol import Context, Options, Router, Routing, routing, 
 
 @dataclass(frozen=True, slots=True)
 class LongCatOptions(Options):
-    """Attributes:
-    top_k: experts per token, those that compute nothing included.
-    zero_experts: experts after the others that return their input.
-    active: how many experts that compute a token is to have in the mean (K_e).
-    scale: of the weights.
-    bias_rate: step of the selection bias, times the missing share of all assignments (mu); the report gives none.
+    """The values of the released model.
+
+    Attributes:
+        top_k: experts per token, those that compute nothing included.
+        zero_experts: experts after the others that return their input.
+        active: how many experts that compute a token is to have in the mean (K_e).
+        scale: of the weights.
+        bias_rate: step of the selection bias, times the missing share of all assignments (mu); the report gives none.
     """
 
     top_k: int = 12

@@ -65,6 +65,15 @@ def noisy_load(clean_TE: Tensor, noisy_TE: Tensor, top_k: int, deviation: float)
     return squared_cv(torch.special.ndtr((clean_TE - threshold_T1) / deviation).mean(0))
 
 
+def importance_and_load(clean_TE: Tensor, noisy_TE: Tensor, top_k: int, deviation: float) -> Tensor:
+    """The mean of the squared variations of importance, the summed probabilities before noise, and of `noisy_load`.
+
+    Without noise importance alone, for there is no chance to speak of (google-research/vmoe, `vmoe/nn/routing.py`).
+    """
+    importance = squared_cv(clean_TE.softmax(-1).sum(0))
+    return (importance + noisy_load(clean_TE, noisy_TE, top_k, deviation)) / 2 if deviation else importance
+
+
 def z_loss(logits_TE: Tensor) -> Tensor:
     """The mean squared log-sum-exp (ST-MoE, arXiv 2202.08906, eq. 5)."""
     return wide(logits_TE).logsumexp(-1).square().mean()

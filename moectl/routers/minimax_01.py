@@ -14,10 +14,12 @@ from moectl.routers.protocol import Context, Options, Router, Routing, routing, 
 
 @dataclass(frozen=True, slots=True)
 class MiniMax01Options(Options):
-    """Attributes:
-    capacity_factor: places per expert over choices per expert, of all tokens together; 0: no limit, as in
-        transformers. The report gives no value.
-    aux_loss: coefficient of GShard's balancing loss.
+    """The report's values, where it gives any.
+
+    Attributes:
+        capacity_factor: places per expert over choices per expert, of all tokens together; 0: no limit, as in
+            transformers. The report gives no value.
+        aux_loss: coefficient of GShard's balancing loss.
     """
 
     capacity_factor: float = 1.25

@@ -36,7 +36,9 @@ class Mod(Single):
 
     Expert 0 is the block, NO_EXPERT the way around it; further experts are never chosen. r is no probability: it may be
     of any sign. The share's tokens are rounded up. The predictor is a hidden layer of half the width over detached
-    hidden states; the paper does not say how large its own is, nor how the loss is weighted.
+    hidden states; the paper does not say how large its own is, nor how the loss is weighted. Public code disagrees:
+    astramind-ai/Mixture-of-depths multiplies the block's output with its residual by r, sramshetty/mixture-of-depths,
+    which has that predictor, multiplies by sigmoid(r).
     """
 
     Options = ModOptions

@@ -14,11 +14,13 @@ from moectl.routers.protocol import Context, Options, Router, Routing, counts, r
 
 @dataclass(frozen=True, slots=True)
 class MoePlusPlusOptions(Options):
-    """Attributes:
-    constant_experts: experts that return a mix of the token and a learnt vector; one copy and one zero expert follow.
-    tau: how much of an expert that computes one that does not is worth, in the loss and in the room.
-    capacity_factor: of the room in training (gamma); 0: no limit.
-    aux_loss: coefficient of the balancing loss (beta).
+    """The paper's values.
+
+    Attributes:
+        constant_experts: those that return a mix of the token and a learnt vector; a copy and a zero expert follow.
+        tau: how much of an expert that computes one that does not is worth, in the loss and in the room.
+        capacity_factor: of the room in training (gamma); 0: no limit.
+        aux_loss: coefficient of the balancing loss (beta).
     """
 
     constant_experts: int = 2
@@ -29,13 +31,13 @@ class MoePlusPlusOptions(Options):
 
 class MoePlusPlus(Router):
     """The k best of a softmax; the zero expert's weight is 0, the others' are divided by their sum, as in the
-    released code (the paper keeps the plain softmax, eq. 1-2). Experts from `num_experts` on are, in this order, the
-    constant ones, the copy and the zero expert.
+    released code (the paper keeps the plain softmax). Experts from `num_experts` on are, in this order, the constant
+    ones, the copy and the zero expert.
 
-    In training sum_i eta_i f_i P_i, eta 1 for experts that compute and tau for others (eq. 7), and room gamma tau k T
-    / (tau N + Z) for the first and gamma k T / (tau N + Z) for the others (eq. 8; this one from memory). The gate of
-    the layer before, which the paper adds to this one's scores (eq. 6), is the model's to add. Scores as wide as
-    `num_experts` have only experts that compute.
+    In training the loss sum_i eta_i f_i P_i, eta 1 for experts that compute and tau for others, and room gamma tau k
+    T / (tau N + Z) for the first and gamma k T / (tau N + Z) for the others, which is from memory: the released code
+    drops nothing. The gate of the layer before, which the paper adds to this one's scores, is the model's to add.
+    Scores as wide as `num_experts` have only experts that compute.
     """
 
     Options = MoePlusPlusOptions

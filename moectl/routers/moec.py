@@ -23,8 +23,7 @@ class MoecOptions(Options):
         aux_loss: coefficient of the balancing loss and of what is added to it.
         variance: of the variance of mean probabilities within a cluster, inside that.
         apart: whether the variance counts less (by e^-d) the further (d) the most probable experts, as many as a
-        cluster
-            has, are above the next ones.
+            cluster has, are above the next ones.
     """
 
     top_k: int = 1

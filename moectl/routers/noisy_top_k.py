@@ -13,12 +13,14 @@ from moectl.routers.protocol import Context, Options, Router, Routing, routing, 
 
 @dataclass(frozen=True, slots=True)
 class NoisyTopKOptions(Options):
-    """Attributes:
-    top_k: experts per token, 4 in the paper's language models.
-    importance_loss: coefficient of the squared CV of the summed gates.
-    aux_loss: coefficient of the squared CV of the load, smoothed by the noise.
-    noise_floor: least standard deviation of the noise (0.01 in Tensor2Tensor, none in the paper).
-    init: standard deviation of the gate's first weights: 0, so that noise alone spreads the first tokens.
+    """The paper's values.
+
+    Attributes:
+        top_k: experts per token, 4 in the paper's language models.
+        importance_loss: coefficient of the squared CV of the summed gates.
+        aux_loss: coefficient of the squared CV of the load, smoothed by the noise.
+        noise_floor: least standard deviation of the noise (0.01 in Tensor2Tensor, none in the paper).
+        init: standard deviation of the gate's first weights: 0, so that noise alone spreads the first tokens.
     """
 
     top_k: int = 4
@@ -66,7 +68,7 @@ class NoisyTopK(Router):
         loss = self.options.importance_loss * squared_cv(gate_TE.sum(0))
         if k < self.num_experts:  # else all are in the top k for sure
             ranked_TE = noisy_TE.gather(1, order_TE)
-            threshold_TE = torch.where(gate_TE > 0, ranked_TE[:, k:], ranked_TE[:, k - 1 : k])
+            threshold_TE = torch.where(noisy_TE > ranked_TE[:, k:], ranked_TE[:, k:], ranked_TE[:, k - 1 : k])
             chance_TE = torch.special.ndtr((clean_TE - threshold_TE) / deviation_TE)
             loss = loss + self.options.aux_loss * squared_cv(chance_TE.sum(0))
         return routing(index_TK, weight_TK, None, loss)

@@ -67,19 +67,18 @@ class Peer(Router):
 
     def score(self, hidden_TD: Tensor, context: Context) -> Tensor:
         """Sub-scores: of a head the A rows, then the B columns [T, H * (A + B)]."""
-        query_THR = nn.functional.linear(wide(hidden_TD), wide(self.query)).view(
-            len(hidden_TD), 2, self.options.heads, -1
-        )
-        row_THA = torch.einsum("thr,har->tha", query_THR[:, 0], wide(self.row_keys))
-        column_THB = torch.einsum("thr,hbr->thb", query_THR[:, 1], wide(self.column_keys))
+        query_TQ = nn.functional.linear(wide(hidden_TD), wide(self.query))
+        of_row_THR, of_column_THR = query_TQ.unflatten(1, (2, self.options.heads, -1)).unbind(1)
+        row_THA = torch.einsum("thr,har->tha", of_row_THR, wide(self.row_keys))
+        column_THB = torch.einsum("thr,hbr->thb", of_column_THR, wide(self.column_keys))
         return torch.cat([row_THA, column_THB], -1).flatten(1)
 
     def route(self, scores_TE: Tensor, context: Context) -> Routing:
         """The top k of each head, the heads one after the other."""
         options, (rows, columns) = self.options, self.halves
-        score_TH = wide(scores_TE).view(len(scores_TE), -1, rows + columns)
-        row_THK = score_TH[..., :rows].topk(min(options.top_k, rows))
-        column_THK = score_TH[..., rows:].topk(min(options.top_k, columns))
+        score_THE = wide(scores_TE).unflatten(1, (-1, rows + columns))
+        row_THK = score_THE[..., :rows].topk(min(options.top_k, rows))
+        column_THK = score_THE[..., rows:].topk(min(options.top_k, columns))
         sum_THS = (row_THK.values[..., :, None] + column_THK.values[..., None, :]).flatten(2)
         index_THS = (row_THK.indices[..., :, None] * columns + column_THK.indices[..., None, :]).flatten(2)
         best_THK = sum_THS.topk(options.top_k)

@@ -5,17 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from moectl.routers.protocol import Context, Options, Router, Routing, routing, top, wide
 
 
 @dataclass(frozen=True, slots=True)
 class QuantileOptions(Options):
-    """Attributes:
-    top_k: experts per token; fewer than there are.
-    momentum: share of the old prices that a step keeps (Megatron-LM's `moe_router_quantile_balancing_ema`).
-    scale: what a token's weights add up to.
+    """The values of Megatron-LM.
+
+    Attributes:
+        top_k: experts per token; fewer than there are.
+        momentum: share of the old prices that a step keeps (Megatron-LM's `moe_router_quantile_balancing_ema`).
+        scale: what a token's weights add up to.
     """
 
     top_k: int = 2
@@ -28,8 +30,8 @@ class Quantile(Router):
 
     One step of coordinate descent on the dual of balanced assignment: alpha_t is the k+1-th best z - beta of a token,
     and the new beta_e is the (k T / E + 1)-th largest z_e - alpha, so that k T / E tokens want e at that price. The
-    steps of one update are averaged, and beta is moved to mean 0. As in Megatron-LM, what a training call found is
-    kept aside, in buffers that no checkpoint holds, until `after_step`.
+    steps of one update, those of all processes, are averaged, and beta is moved to mean 0. As in Megatron-LM, what a
+    training call found is kept aside until `after_step`; found twice, as under gradient checkpointing, it is the same.
     """
 
     Options = QuantileOptions
@@ -50,7 +52,7 @@ class Quantile(Router):
         z_TE, k = wide(scores_TE), self.options.top_k
         priced_TE = z_TE.detach() - self.beta.to(z_TE)
         order_TK = top(priced_TE, k + 1)
-        if context.training and torch.is_grad_enabled() and len(z_TE):
+        if context.training and len(z_TE):
             share = len(z_TE) * k // self.num_experts
             over_TE = z_TE.detach() - priced_TE.gather(1, order_TK[:, k:])
             self.found += over_TE.sort(0, descending=True).values[share].to(self.found)
@@ -60,7 +62,10 @@ class Quantile(Router):
 
     @torch.no_grad()
     def after_step(self, load_E: Tensor) -> None:
-        """Take over the prices of the calls since the last step."""
+        """Take over the prices of the calls since the last step, on all processes."""
+        if distributed.is_initialized():
+            distributed.all_reduce(self.found)
+            distributed.all_reduce(self.calls)
         if self.calls:
             momentum = self.options.momentum
             self.beta.mul_(momentum).add_((1 - momentum) * self.found / self.calls)

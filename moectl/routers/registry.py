@@ -28,7 +28,7 @@ class Entry:
         where: module and class.
         needs: what the choice is computed from. `logits`: of a linear gate, so that a trace of any model can be routed
             again; `hidden`: a gate of its own, over hidden states.
-        causal: whether, in use, where a token goes does not depend on later tokens.
+        causal: whether, in use and with its own defaults, where a token goes does not depend on later tokens.
         trainable: whether weights have a gradient to what the router was given.
         source: the equation or code that the formula was checked against; empty: from memory.
         same_as: the transformers class that it equals, by a test.
@@ -154,7 +154,7 @@ ROUTERS: tuple[Entry, ...] = (
         "DeepSeekMoE",
         ("2401.06066",),
         "deepseek_moe:DeepSeekMoe",
-        source="arXiv 2401.06066 eq. 9-17, as quoted in fleckleind/LargeModels DeepSeek/DeepSeekMoE/README.md",
+        source="deepseek-ai/DeepSeek-VL2 deepseek_vl2/models/modeling_deepseek.py `MoEGate`",
     ),
     Entry(
         "deepseek-v2",
@@ -296,7 +296,7 @@ ROUTERS: tuple[Entry, ...] = (
         "mod:Mod",
         needs=("hidden",),
         causal=False,
-        source="arXiv 2404.02258 eq. 1, as quoted by others",
+        source="astramind-ai/Mixture-of-depths MoD/MoD.py; sramshetty/mixture-of-depths routing_transformer.py",
     ),
     Entry(
         "mone",
@@ -483,7 +483,7 @@ ROUTERS: tuple[Entry, ...] = (
         "limoe:Limoe",
         needs=("logits", "modalities"),
         causal=False,
-        source="koayon/ml-implementations moet_experiment/hf_model.py, which quotes the threshold of the paper",
+        source="koayon/ml-implementations moet_experiment/hf_model.py `local_entropy_loss`, `global_entropy_loss`",
     ),
     Entry(
         "moa",

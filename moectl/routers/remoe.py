@@ -32,20 +32,21 @@ class ReMoe(Router):
 
     The loss is c * sum_e f_e mean(relu(z_e)) with f_e = E / (k T) * (how many tokens e has): an L1 norm that weighs
     busy experts more, alike to Switch's loss without its normalised probabilities. After a step c grows by `rate` if
-    more than k experts per token were run, and falls by it if fewer were.
+    more than k experts per token were run, and falls by it if fewer were: by the sign of `excess`, how many more than
+    that the training calls since the last step took. It is counted here, since loads do not tell how many tokens there
+    were; counted twice, as under gradient checkpointing, it has the same sign.
 
-    The released code keeps one c for all layers; here each router has its own. A step's tokens are counted as they are
-    routed, since loads do not tell them.
+    The released code keeps one c for all layers; here each router has its own.
     """
 
     Options = ReMoeOptions
     coefficient: Tensor
-    tokens: Tensor
+    excess: Tensor
 
     def __init__(self, hidden_size: int | None, num_experts: int, options: ReMoeOptions | None = None) -> None:
         super().__init__(hidden_size, num_experts, options)
         self.register_buffer("coefficient", torch.tensor(self.options.aux_loss))
-        self.register_buffer("tokens", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("excess", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def route(self, scores_TE: Tensor, context: Context) -> Routing:
         """All experts of a positive score."""
@@ -53,14 +54,13 @@ class ReMoe(Router):
         index_TE, weight_TE = ranked(gate_TE)
         loss = None
         if context.training:
-            self.tokens += len(scores_TE)
+            self.excess += (gate_TE > 0).sum() - self.options.top_k * len(scores_TE)
             loss = self.coefficient * token_load_balancing(gate_TE, index_TE) / self.options.top_k
         return routing(index_TE, weight_TE, aux_loss=loss)
 
     def after_step(self, load_E: Tensor) -> None:
         """Move the coefficient by the number of experts per token that the step ran, on all processes."""
         if distributed.is_initialized():
-            distributed.all_reduce(self.tokens)
-        over = (load_E.sum() - self.options.top_k * self.tokens).sign()
-        self.coefficient *= self.options.rate**over
-        self.tokens.zero_()
+            distributed.all_reduce(self.excess)
+        self.coefficient *= self.options.rate ** self.excess.sign()
+        self.excess.zero_()

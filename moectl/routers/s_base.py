@@ -48,7 +48,7 @@ class SBase(Router):
 def sinkhorn(scores_TE: Tensor, tolerance: float = 1e-4, rounds: int = 100) -> Tensor:
     """The logarithm of the plan: scores with something added to each row and column, so that columns sum to 1/E and,
     up to `tolerance`, rows to 1/T."""
-    T, E = scores_TE.shape
+    T, E = max(len(scores_TE), 1), scores_TE.shape[1]
     column_E = scores_TE.new_zeros(E)
     for _ in range(rounds):
         row_T = -math.log(T) - (scores_TE + column_E).logsumexp(1)

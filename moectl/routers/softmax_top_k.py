@@ -16,12 +16,14 @@ from moectl.routers.protocol import Context, Options, Router, Routing, routing, 
 
 @dataclass(frozen=True, slots=True)
 class MixtralOptions(Options):
-    """Attributes:
-    normalize: whether a token's weights add up to 1.
-    jitter: training multiplies what the gate is given by U(1 - jitter, 1 + jitter).
-    aux_loss: coefficient of the balancing loss, which is 1 at balance (k times that in transformers).
-    z_loss: coefficient of the mean squared log-sum-exp.
-    global_batch: whether the load in the balancing loss is that of all processes (arXiv 2501.11873).
+    """The values of the released model.
+
+    Attributes:
+        normalize: whether a token's weights add up to 1.
+        jitter: training multiplies what the gate is given by U(1 - jitter, 1 + jitter).
+        aux_loss: coefficient of the balancing loss, which is 1 at balance (k times that in transformers).
+        z_loss: coefficient of the mean squared log-sum-exp.
+        global_batch: whether the load in the balancing loss is that of all processes (arXiv 2501.11873).
     """
 
     normalize: bool = True
@@ -57,7 +59,7 @@ class Mixtral(Router):
 
 @dataclass(frozen=True, slots=True)
 class OlmoeOptions(MixtralOptions):
-    """As Mixtral's, with the values of arXiv 2409.02060, table 10 and section 3.1."""
+    """As Mixtral's, with the values of arXiv 2409.02060."""
 
     top_k: int = 8
     normalize: bool = False

@@ -69,7 +69,7 @@ class SparseIsEnough(Router):
     def route(self, scores_TE: Tensor, context: Context) -> Routing:
         """One per block, or in training all."""
         options, T = self.options, len(scores_TE)
-        logits_TKN = wide(scores_TE).view(T, -1, options.block)
+        logits_TKN = wide(scores_TE).unflatten(1, (-1, options.block))
         soft_TKN = logits_TKN.softmax(-1)
         if context.training:
             weight_TKN = soft_TKN

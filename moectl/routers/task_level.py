@@ -42,10 +42,13 @@ class TaskLevel(Router):
 
     Options = TaskLevelOptions
 
-    def make_gate(self, hidden_size: int) -> None:
-        """An embedding per task, and the gate over it."""
+    def __init__(self, hidden_size: int | None, num_experts: int, options: TaskLevelOptions | None = None) -> None:
+        super().__init__(hidden_size, num_experts, options)
         if self.options.level not in ("task", "sentence"):
             raise ValueError(f"level is {self.options.level!r}, and can be 'task' or 'sentence'")
+
+    def make_gate(self, hidden_size: int) -> None:
+        """An embedding per task, and the gate over it."""
         super().make_gate(hidden_size)
         self.task_ZD = nn.Parameter(torch.randn(self.options.tasks, hidden_size))
 

@@ -54,7 +54,7 @@ class Thor(Router):
             group_T = context.sequence_T
         elif level != "token":
             group_T = torch.zeros_like(group_T)
-        groups = int(group_T[-1]) + 1
+        groups = int(group_T[-1]) + 1 if T else 0
         drawn_GE = torch.rand(groups, self.num_experts, generator=context.generator, device=scores_TE.device)
         index_TK = drawn_GE.argsort(-1)[group_T, : options.top_k]
         weight_TK = torch.full(index_TK.shape, 1 / options.top_k, dtype=wide(scores_TE).dtype, device=index_TK.device)

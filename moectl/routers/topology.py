@@ -15,10 +15,12 @@ from moectl.routers.protocol import Context, Options, Router, Routing, routing, 
 
 @dataclass(frozen=True, slots=True)
 class TopologyOptions(Options):
-    """Attributes:
-    groups: nodes: consecutive experts, and consecutive tokens, are on one.
-    outgoing: share of a node's tokens whose first choice may be on another node.
-    aux_loss: coefficient of the balancing loss; fastmoe leaves it to its user.
+    """The values of fastmoe.
+
+    Attributes:
+        groups: nodes: consecutive experts, and consecutive tokens, are on one.
+        outgoing: share of a node's tokens whose first choice may be on another node.
+        aux_loss: coefficient of the balancing loss; fastmoe leaves it to its user.
     """
 
     groups: int = 2

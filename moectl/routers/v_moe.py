@@ -8,17 +8,19 @@ import torch
 from torch import Tensor
 
 from moectl.routers.capacity import capacity, kept
-from moectl.routers.losses import noisy_load, squared_cv
+from moectl.routers.losses import importance_and_load
 from moectl.routers.protocol import Context, Options, Router, Routing, routing, top, wide
 
 
 @dataclass(frozen=True, slots=True)
 class VMoeOptions(Options):
-    """Attributes:
-    capacity_factor: places per expert over choices per expert; 0: no limit.
-    priority: whether tokens of the largest probability are served first; else tokens in their order.
-    noise: standard deviation on the logits in training, over 1/E.
-    aux_loss: coefficient of the mean of the importance and the load loss.
+    """The paper's values.
+
+    Attributes:
+        capacity_factor: places per expert over choices per expert; 0: no limit.
+        priority: whether tokens of the largest probability are served first; else tokens in their order.
+        noise: standard deviation on the logits in training, over 1/E.
+        aux_loss: coefficient of the mean of the importance and the load loss; of importance alone without noise.
     """
 
     capacity_factor: float = 1.05
@@ -52,13 +54,8 @@ class VMoe(Router):
             room = capacity(len(scores_TE), self.num_experts, options.top_k, options.capacity_factor)
             priority_T = probability_TE.amax(1) if options.priority else None
             room_TK = kept(index_TK, self.num_experts, room, priority_T)
-        loss = self._loss(clean_TE, noisy_TE) if context.training else None
+        loss = None
+        if context.training:
+            deviation = options.noise / self.num_experts
+            loss = options.aux_loss * importance_and_load(clean_TE, noisy_TE, options.top_k, deviation)
         return routing(index_TK, probability_TE.gather(1, index_TK), room_TK, loss)
-
-    def _loss(self, clean_TE: Tensor, noisy_TE: Tensor) -> Tensor:
-        options = self.options
-        importance = squared_cv(clean_TE.softmax(-1).sum(0))
-        if not options.noise:
-            return options.aux_loss * importance
-        load = noisy_load(clean_TE, noisy_TE, options.top_k, options.noise / self.num_experts)
-        return options.aux_loss * (importance + load) / 2

@@ -13,12 +13,14 @@ from moectl.routers.protocol import NO_EXPERT, Context, Options, Router, Routing
 
 @dataclass(frozen=True, slots=True)
 class ZayaOptions(Options):
-    """Attributes:
-    top_k: experts per token; the released model has 1.
-    router_size: width of the MLP.
-    epsilon: of its RMS norm.
-    skip_bias: first bias of the class that skips.
-    bias_rate: step of the selection bias after each step of training; how the model's own was trained is not known.
+    """The values of transformers.
+
+    Attributes:
+        top_k: experts per token; the released model has 1.
+        router_size: width of the MLP.
+        epsilon: of its RMS norm.
+        skip_bias: first bias of the class that skips.
+        bias_rate: step of the selection bias after each step of training; how the model's own was trained is not known.
     """
 
     top_k: int = 1

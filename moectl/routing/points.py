@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from moectl.errors import InputError
+from moectl.integrations.routed.install import held
+from moectl.integrations.routed.slots import HeldSlots
 from moectl.layerwise.experts import takes_choice
 from moectl.routing.adapters import adapters
 from moectl.routing.tap import Tap, dispatch_tap
@@ -17,8 +19,11 @@ def find(model: nn.Module) -> list[Tap]:
         InputError: the model has no experts, or none that can be seen.
     """
     known = adapters()
+    soft = tuple(f"{name}." for name, module in held(model).items() if isinstance(module, HeldSlots))
     taps = []
     for name, module in model.named_modules():
+        if soft and name.startswith(soft):  # its experts are given mixtures of tokens, and choose none
+            continue
         adapter = next((known[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in known), None)
         if adapter is not None:
             taps.append(adapter(model, name))

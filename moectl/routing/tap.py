@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moectl.traces.trace import Point
+from moectl.integrations.routed.held import Held
+from moectl.traces.trace import NO_EXPERT, Point
 
 BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 """What families call the numbers that are added to scores for choosing alone."""
@@ -61,7 +62,12 @@ def dispatch_tap(model: nn.Module, name: str) -> Tap:
     kind = "none" if router is None else "logits"
     point = new_point(name, count, score_kind=kind, selects=router is not None and _is_plain(block, router))
     scores = None if router is None else first_scores(count)
-    return Tap(point, experts, router, lambda index, weights: (index, weights), scores)
+    return Tap(point, experts, router, _of_weight if isinstance(router, Held) else lambda *choice: choice, scores)
+
+
+def _of_weight(index: Tensor, weights: Tensor) -> Choice:
+    """The choice of one of our routers, which sends a token without an expert to the first with a weight of 0."""
+    return index.masked_fill(weights == 0, NO_EXPERT), weights
 
 
 def new_point(name: str, num_experts: int, **facts: Any) -> Point:
@@ -95,9 +101,9 @@ def first_scores(num_experts: int) -> Callable[[Any], Tensor | None]:
 
 
 def _is_plain(block: nn.Module, router: nn.Module) -> bool:
-    """Whether nothing stands between a router's scores and its top-k: no bias, no groups."""
+    """Whether nothing stands between a router's scores and its top-k: no bias, no groups, no rule of ours."""
     named = [*block.named_buffers(), *block.named_parameters()]
-    if any(key.rpartition(".")[2] in BIASES for key, _ in named):
+    if isinstance(router, Held) or any(key.rpartition(".")[2] in BIASES for key, _ in named):
         return False
     groups = getattr(router, "num_group", None) or 1
     return (getattr(router, "topk_group", None) or groups) >= groups or getattr(router, "topk_method", "") == "greedy"

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moectl.codecs import encoding
-from moectl.codecs.compiled import compiled
 from moectl.codecs.encoding import decode, encode
 from moectl.codecs.rate import entropy, expected
 from moectl.codecs.tables import QMOE, RATIOS, choose, table
+from moectl.compiled import compiled
 
 NUMBERS = (QMOE, *RATIOS)
 

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from moectl.checkpoint.source import Checkpoint
 from moectl.cli.main import app
-from moectl.compress import calibration, prune_saliency
+from moectl.compress import calibration
+from moectl.compress.prune import saliency
 from moectl.data.tokens import byte_tokenizer
 from moectl.errors import MoectlError, UsageError
 from moectl.evaluation import probe
@@ -62,7 +63,7 @@ def test_a_second_run_takes_the_scores_and_a_second_ratio_needs_no_model(
     scores = tmp_path / "scores.safetensors"
     assert prune(place, "-o", tmp_path / "out", "--keep", 6, *SMALL).exit_code == 0
     assert prune(place, "-o", tmp_path / "six", "--keep", 6, *SMALL, "--scores", scores).exit_code == 0
-    monkeypatch.setattr(prune_saliency, "routed_scores", None)  # calling it now would be a bug, exit 1
+    monkeypatch.setattr(saliency, "routed_scores", None)  # calling it now would be a bug, exit 1
     again = prune(place, "-o", tmp_path / "out", "--keep", 6, *SMALL)
     assert again.exit_code == 0 and "already complete" in again.stderr
     five = prune(place, "-o", tmp_path / "five", "--keep", 5, "--method", "ean", "--scores", scores, "--no-eval")

@@ -11,12 +11,12 @@ from pruned_models import EXPERTS, loaded, logits, made, masked, written
 from transformers import CONFIG_MAPPING
 
 from moectl.checkpoint.source import Checkpoint
-from moectl.compress.prune import plan_prune
-from moectl.compress.prune_families import PRUNABLE, REFUSED
-from moectl.compress.prune_layout import Layout, layout_of
-from moectl.compress.prune_recipe import PruneRecipe
-from moectl.compress.prune_saliency import weight_scores
-from moectl.compress.prune_scores import Scores
+from moectl.compress.prune.families import PRUNABLE, REFUSED
+from moectl.compress.prune.layout import Layout, layout_of
+from moectl.compress.prune.plan import plan_prune
+from moectl.compress.prune.recipe import PruneRecipe
+from moectl.compress.prune.saliency import weight_scores
+from moectl.compress.prune.scores import Scores
 from moectl.errors import InputError
 from moectl.families.backend import experts_classes
 from moectl.families.registry import MOE

@@ -18,13 +18,14 @@ from typer.testing import CliRunner
 from moectl.checkpoint.plan import Plan
 from moectl.checkpoint.source import Checkpoint
 from moectl.cli.main import app
-from moectl.compress import calibration, prune_page
+from moectl.compress import calibration
 from moectl.compress.calibration import BUILTIN
-from moectl.compress.prune import plan_prune
-from moectl.compress.prune_layout import Layout, layout_of
-from moectl.compress.prune_page import GONE, STAYED, render
-from moectl.compress.prune_recipe import PruneRecipe
-from moectl.compress.prune_scores import Scores
+from moectl.compress.prune import page
+from moectl.compress.prune.layout import Layout, layout_of
+from moectl.compress.prune.page import GONE, STAYED, render
+from moectl.compress.prune.plan import plan_prune
+from moectl.compress.prune.recipe import PruneRecipe
+from moectl.compress.prune.scores import Scores
 from moectl.errors import UsageError
 from moectl.evaluation import probe
 
@@ -120,7 +121,7 @@ def test_what_stands_out_is_said_and_only_that(layout: Layout) -> None:
 
 
 def test_many_experts_are_pooled(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prune_page, "MOST_CELLS", 3)
+    monkeypatch.setattr(page, "MOST_CELLS", 3)
     rising = scores([range(1, EXPERTS + 1)] * LAYERS)
     text = render(planned(layout, rising), rising, {})
     assert "A cell stands for 3 neighbouring experts" in text

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import silu
 
 from moectl.checkpoint.source import Checkpoint
-from moectl.compress import prune_saliency
-from moectl.compress.prune_layout import layout_of
-from moectl.compress.prune_naee import best_subsets
-from moectl.compress.prune_saliency import routed_scores, weight_scores
-from moectl.compress.prune_scores import Scores, chosen
+from moectl.compress.prune import saliency
+from moectl.compress.prune.layout import layout_of
+from moectl.compress.prune.naee import best_subsets
+from moectl.compress.prune.saliency import routed_scores, weight_scores
+from moectl.compress.prune.scores import Scores, chosen
 from moectl.errors import InputError
 from moectl.layerwise.model import LayerwiseModel
 
@@ -65,8 +65,8 @@ def mixtral_block(source: Checkpoint, layer: int) -> tuple[torch.Tensor, Any]:
 
 
 def test_reap_ean_and_frequency_equal_a_brute_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prune_saliency, "PASS_TOKENS", 64)  # two passes, and blocks of rows that end in a token
-    monkeypatch.setattr(prune_saliency, "_ROWS", 33)
+    monkeypatch.setattr(saliency, "PASS_TOKENS", 64)  # two passes, and blocks of rows that end in a token
+    monkeypatch.setattr(saliency, "_ROWS", 33)
     source = made(tmp_path, "mixtral")
     scores = Scores(measured(source), {}, "")
     inputs = mixtral_inputs(source)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from pruned_models import EXPERTS, made
 from safetensors.numpy import save_file
 
-from moectl.compress.prune import plan_prune
-from moectl.compress.prune_layout import Layout, layout_of
-from moectl.compress.prune_recipe import METHODS, PruneRecipe, check_subsets
-from moectl.compress.prune_scores import Scores, choose, chosen, read_scores, write_scores
+from moectl.compress.prune.layout import Layout, layout_of
+from moectl.compress.prune.plan import plan_prune
+from moectl.compress.prune.recipe import METHODS, PruneRecipe, check_subsets
+from moectl.compress.prune.scores import Scores, choose, chosen, read_scores, write_scores
 from moectl.errors import InputError, UsageError
 
 ABOUT = {"data": ["builtin:code"], "samples": 4, "seq_len": 16, "tokens": 64}

@@ -11,8 +11,8 @@ from transformers import CONFIG_MAPPING
 
 from moectl.checkpoint.source import Checkpoint
 from moectl.compress.calibration import Calibration
-from moectl.compress.prune_families import PRUNABLE
-from moectl.compress.prune_families import REFUSED as NOT_PRUNED
+from moectl.compress.prune.families import PRUNABLE
+from moectl.compress.prune.families import REFUSED as NOT_PRUNED
 from moectl.compress.qmoe_families import REFUSED
 from moectl.compress.qmoe_job import Job
 from moectl.compress.qmoe_recipe import QmoeRecipe

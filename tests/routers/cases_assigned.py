@@ -25,6 +25,11 @@ def with_tokens(tokens: int) -> Context:
     return Context(token_T=torch.randint(50_000, (tokens,), generator=draw), sequence_T=half_T, generator=draw)
 
 
+def with_frequent(tokens: int) -> Context:
+    """Ids of a small vocabulary."""
+    return Context(token_T=torch.randint(160, (tokens,), generator=torch.Generator().manual_seed(1)))
+
+
 def scrambled(number: int, seed: int) -> int:
     """The published splitmix64: its state after `number + 1` steps from `seed`, mixed; without the highest bit."""
     mask = 2**64 - 1
@@ -68,8 +73,8 @@ def of_two_tokens(_router: Router, _scores_TE: np.ndarray, context: Context) -> 
 
 def mowe(_router: Router, _scores_TE: np.ndarray, context: Context) -> Chosen:
     assert context.token_T is not None
-    index_T1 = context.token_T.numpy()[:, None] % 8
-    return index_T1, np.ones(index_T1.shape)
+    index_T1 = np.array([[token % 8 if token >= 16 else -1] for token in context.token_T.tolist()])
+    return index_T1, (index_T1 >= 0).astype(float)
 
 
 def deepseek_v4(_router: Router, scores_TE: np.ndarray, context: Context) -> Chosen:
@@ -202,6 +207,10 @@ def rectify(router: Router, scores_TE: np.ndarray, _context: Context) -> Chosen:
     return np.array(index), np.array([[share[t][e] if e >= 0 else 0.0 for e in row] for t, row in enumerate(index)])
 
 
+def one_or_none(sum_T: Tensor) -> Tensor:
+    return (sum_T == 1) | (sum_T == 0)
+
+
 def up_to_two(sum_T: Tensor) -> Tensor:
     return (sum_T > 0) & (sum_T < 2 + 1e-5)
 
@@ -215,7 +224,7 @@ CASES = [
     Case("hash", hashed, one, context=with_tokens),
     Case("hash", of_two_tokens, one, {"of": "bigram"}, with_tokens),
     Case("multihash", hashed, lambda sum_T: sum_T == 2, context=with_tokens, distinct=False),
-    Case("mowe", mowe, one, context=with_tokens),
+    Case("mowe", mowe, one_or_none, context=with_frequent),
     Case("deepseek-v4-hash", deepseek_v4, lambda sum_T: (sum_T - 1.5).abs() < 1e-5, {"top_k": 2}, with_tokens),
     Case("expert-choice", expert_choice, at_most_one, balance=1.001, room=lambda tokens: capacity(tokens, 8, 2, 1)),
     Case(

@@ -231,5 +231,5 @@ CASES = [
     Case("longcat", each(longcat), up_to(6), {"top_k": 3, "zero_experts": 3}, width=11),
     Case("moe-plus-plus", each(moe_plus_plus), one, width=12),
     Case("zaya", zaya, at_most_one, {"router_size": 8}, balance=None, why="a random MLP has favourites"),
-    Case("grin", each(grin), up_to(2), {"threshold": 0.5}, numerical=False, why="tests/routers/test_grin.py"),
+    Case("grin", each(grin), up_to(2), {"threshold": 0.5}, numerical=False, why="an estimator: test_draws.py"),
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,12 +11,13 @@ from test_every_router import test_a_float64_reference_chooses_the_same as held
 
 from moectl.routers import base, e3, expert_choice, hashing, kool, mod, moec, mone, prototyping, rectify, s_base, sam
 
-PLANTED: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+PLANTED: dict[str, tuple[Any, str, Any]] = {
     "base": (base, "top", lambda scores_TE, _: scores_TE.argmin(1, keepdim=True)),
     "s-base": (s_base, "wide", lambda tensor: tensor.float()),
     "kool": (kool, "top", lambda scores_TE, _: scores_TE.sort(descending=True).indices[:, 1:2]),
     "hash": (hashing, "scrambled", lambda id_T, seed: id_T + seed),
     "multihash": (hashing, "scrambled", lambda id_T, seed: id_T * (seed + 1)),
+    "mowe": (hashing, "NO_EXPERT", 0),
     "deepseek-v4-hash": (hashing, "scrambled", lambda id_T, _: id_T),
     "expert-choice": (expert_choice, "capacity", lambda *_: 5),
     "mod": (mod, "lengths", lambda _, like_T: torch.full_like(like_T, len(like_T) - 9)),

@@ -71,7 +71,7 @@ def test_the_threshold_loss_is_the_cross_entropy_of_the_choice() -> None:
     score_T = (hidden_TD @ router.weight[0]).tolist()
     chosen = (found.index_TK[:, 0] == 0).tolist()
     loss = [math.log1p(math.exp(-r if yes else r)) for r, yes in zip(score_T, chosen, strict=True)]
-    assert float(found.aux_loss) == pytest.approx(sum(loss) / 40, rel=1e-5)
+    assert found.aux_loss.item() == pytest.approx(sum(loss) / 40, rel=1e-5)
     assert router(hidden_TD).aux_loss == 0
 
 

@@ -13,6 +13,7 @@ from moectl.routers.hashing import (
     Hash,
     HashOptions,
     balanced_table,
+    dispersed_table,
     feature,
     scrambled,
 )
@@ -60,6 +61,11 @@ def test_a_table_is_what_it_stands_for_until_it_is_replaced() -> None:
 
 def test_the_most_frequent_id_goes_to_the_emptiest_expert() -> None:
     assert balanced_table([1, 9, 5, 4, 3], 2)[:, 0].tolist() == [1, 0, 1, 1, 0]
+
+
+def test_ids_of_one_cluster_are_spread_over_experts() -> None:
+    cluster_V = torch.tensor([2, 0, 2, 2, 1, 0, 2])
+    assert dispersed_table(cluster_V, 3)[:, 0].tolist() == [0, 0, 1, 2, 0, 1, 0]
 
 
 def test_what_is_hashed_stops_at_the_beginning_of_a_sequence() -> None:

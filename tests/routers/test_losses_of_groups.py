@@ -35,7 +35,7 @@ def test_prototypes_are_balanced_one_by_one() -> None:
     found = training(Prototyping(None, E, PrototypingOptions(aux_loss=0.5)))
     halves = [[softmax(row[first : first + 4]) for row in ROWS] for first in (0, 4)]
     expected = 0.5 * sum(balance(half, [best(row, 1) for row in half]) for half in halves)
-    assert float(found.aux_loss) == pytest.approx(expected, rel=1e-12)
+    assert found.aux_loss.item() == pytest.approx(expected, rel=1e-12)
     assert training(Prototyping(None, E)).aux_loss == 0
 
 
@@ -59,7 +59,7 @@ def test_moecs_loss_is_balance_and_variance_within_clusters(apart: bool) -> None
         falling = sorted(mean, reverse=True)
         spread /= math.exp(fmean(falling[:4]) - fmean(falling[4:]))
     expected = 0.1 * (balance(probability, [best(row, 1) for row in ROWS]) + 3 * E * spread)
-    assert float(found.aux_loss) == pytest.approx(expected, rel=1e-12)
+    assert found.aux_loss.item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_variance_draws_a_cluster_together_and_nothing_across() -> None:
@@ -80,7 +80,7 @@ def test_sams_losses_are_those_of_loops() -> None:
         others = [share[e] for e in range(E) if e // 4 != first // 4]
         aligned += sum(max(0.0, value - share[chosen[-1][1]]) for value in others) / T
     expected = 0.1 * 2 * balance(probability, chosen) + 0.5 * aligned
-    assert float(found.aux_loss) == pytest.approx(expected, rel=1e-12)
+    assert found.aux_loss.item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_alignment_lowers_experts_elsewhere_and_leaves_the_chosen_alone() -> None:
@@ -104,7 +104,7 @@ def test_e3s_losses_are_v_moes_for_each_member() -> None:
         ]
         total += sum(pvariance(values) / fmean(values) ** 2 for values in (importance, load))
         assert found.index_TK[:, m].tolist() == [best(row, 1)[0] + 4 * m for row in noisy]
-    assert float(found.aux_loss) == pytest.approx(0.5 * total / 2 / 2, rel=1e-6)
+    assert found.aux_loss.item() == pytest.approx(0.5 * total / 2 / 2, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from moectl.checkpoint.source import read_json
-from moectl.codecs.compiled import compiled
+from moectl.compiled import compiled
 from moectl.errors import InputError, UsageError
 from moectl.report.output import Cell
 from moectl.routing.whatif.asked import computing, homes, mean, require, with_mean

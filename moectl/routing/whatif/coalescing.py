@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moectl.codecs.compiled import compiled
+from moectl.compiled import compiled
 from moectl.errors import UsageError
 from moectl.report.output import Cell
 from moectl.routing.whatif.asked import computing, mean, require, with_mean

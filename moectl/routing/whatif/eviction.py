@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moectl.codecs.compiled import compiled
+from moectl.compiled import compiled
 
 LRU, LFU, PROTECTED, INFINITY, BELADY = "LRU", "LFU", "LRU, next layers protected", "MoE-Infinity", "Belady"
 

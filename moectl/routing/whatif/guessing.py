@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moectl.codecs.compiled import compiled
+from moectl.compiled import compiled
 
 
 def order(count_E: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moectl.codecs.compiled import compiled
+from moectl.compiled import compiled
 from moectl.traces.trace import Tokens
 
 

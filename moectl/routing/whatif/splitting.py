@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moectl.codecs.compiled import compiled
+from moectl.compiled import compiled
 
 FETCHED, ON_CPU, SUM, LONGER = range(4)
 """Columns of `costs`."""

@@ -10,7 +10,7 @@ from moectl.errors import UsageError
 from moectl.text import shown
 
 if TYPE_CHECKING:
-    from moectl.compress.prune_layout import Layout
+    from moectl.compress.prune.layout import Layout
 
 METHODS = {
     "reap": "mean of gate times output norm over an expert's tokens (arXiv 2510.13999)",

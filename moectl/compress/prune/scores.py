@@ -16,7 +16,7 @@ import numpy as np
 
 from moectl.checkpoint.kept import kept_file
 from moectl.checkpoint.source import Checkpoint
-from moectl.compress.prune_layout import Layout
+from moectl.compress.prune.layout import Layout
 from moectl.errors import InputError, UsageError
 from moectl.text import escape
 

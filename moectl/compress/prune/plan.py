@@ -13,11 +13,11 @@ from typing import Any
 from moectl.checkpoint.expressions import Concat, Copy, Expression, Index, Slice
 from moectl.checkpoint.plan import OutputTensor, Plan, planned
 from moectl.checkpoint.source import Checkpoint
-from moectl.compress.prune_card import prune_card
-from moectl.compress.prune_families import PRUNABLE
-from moectl.compress.prune_layout import COUNTS, Layout
-from moectl.compress.prune_recipe import PruneRecipe
-from moectl.compress.prune_scores import Scores, choose
+from moectl.compress.prune.card import prune_card
+from moectl.compress.prune.families import PRUNABLE
+from moectl.compress.prune.layout import COUNTS, Layout
+from moectl.compress.prune.recipe import PruneRecipe
+from moectl.compress.prune.scores import Scores, choose
 from moectl.families.components import PER_EXPERT
 
 _MTP_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")

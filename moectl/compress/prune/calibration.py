@@ -9,9 +9,9 @@ import numpy as np
 
 from moectl.checkpoint.kept import identity, kept_name
 from moectl.compress.calibration import Calibration, calibration_tokens, tokens_identity
-from moectl.compress.prune_layout import Layout
-from moectl.compress.prune_recipe import PruneRecipe, check_subsets
-from moectl.compress.prune_scores import Measured, Scores, naee_name, read_scores, require_same_about, write_scores
+from moectl.compress.prune.layout import Layout
+from moectl.compress.prune.recipe import PruneRecipe, check_subsets
+from moectl.compress.prune.scores import Measured, Scores, naee_name, read_scores, require_same_about, write_scores
 
 Say = Callable[[str], None]
 
@@ -41,7 +41,7 @@ def scores_for(
     if recipe.method == "aimer":
         path = file or place / kept_name("scores", {**identity(layout.source), "statistics": "aimer"})
         if not path.exists():
-            from moectl.compress.prune_saliency import weight_scores
+            from moectl.compress.prune.saliency import weight_scores
 
             say("Reading the weights of all experts")
             write_scores(path, layout, weight_scores(layout), {})
@@ -62,8 +62,8 @@ def _measured(
 ) -> Measured:
     import torch
 
-    from moectl.compress.prune_naee import best_subsets
-    from moectl.compress.prune_saliency import routed_scores
+    from moectl.compress.prune.naee import best_subsets
+    from moectl.compress.prune.saliency import routed_scores
     from moectl.layerwise.model import LayerwiseModel
     from moectl.layerwise.skeleton import read_config
     from moectl.layerwise.whole import check_ids, device_named, dtype_named

@@ -15,8 +15,8 @@ import numpy as np
 
 from moectl.checkpoint.plan import Plan
 from moectl.compress.calibration import BUILTIN
-from moectl.compress.prune_recipe import METHODS
-from moectl.compress.prune_scores import TOKENS, Scores
+from moectl.compress.prune.recipe import METHODS
+from moectl.compress.prune.scores import TOKENS, Scores
 from moectl.report.charts import Bar, bars
 from moectl.report.heat import DIVERGING, SEQUENTIAL, Shade, heat
 from moectl.report.html import Facts, Figure, Heading, Paragraph, Part, Table, page

@@ -12,7 +12,7 @@ from typing import Any
 
 from moectl.checkpoint.header import TensorRef
 from moectl.checkpoint.source import Checkpoint
-from moectl.compress.prune_families import PRUNABLE, REFUSED
+from moectl.compress.prune.families import PRUNABLE, REFUSED
 from moectl.errors import InputError
 from moectl.families.components import PER_EXPERT
 from moectl.text import escape, shown

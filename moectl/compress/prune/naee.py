@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from moectl.compress.prune_layout import Layout
-from moectl.compress.prune_saliency import Call, not_finite, outputs, watch
-from moectl.compress.prune_scores import Measured, naee_name
+from moectl.compress.prune.layout import Layout
+from moectl.compress.prune.saliency import Call, not_finite, outputs, watch
+from moectl.compress.prune.scores import Measured, naee_name
 from moectl.layerwise.model import LayerwiseModel
 
 MOST_TOKENS = 2048

@@ -8,7 +8,7 @@ from typing import Any
 
 from moectl.checkpoint.card import inherited
 from moectl.checkpoint.source import Checkpoint
-from moectl.compress.prune_recipe import METHODS
+from moectl.compress.prune.recipe import METHODS
 from moectl.text import escape
 
 

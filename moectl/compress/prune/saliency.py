@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from moectl.checkpoint.dtypes import FLOATS, numpy_dtype
 from moectl.checkpoint.header import TensorRef
 from moectl.checkpoint.source import Checkpoint
-from moectl.compress.prune_layout import Layout, layer_of
-from moectl.compress.prune_scores import GATED, NORMS, TOKENS, WEIGHTS, Measured
+from moectl.compress.prune.layout import Layout, layer_of
+from moectl.compress.prune.scores import GATED, NORMS, TOKENS, WEIGHTS, Measured
 from moectl.errors import InputError
 from moectl.layerwise.experts import choice, takes_choice
 from moectl.layerwise.model import LayerCall, LayerwiseModel

@@ -1,0 +1,1 @@
+"""Experts removed: what is measured of them, which stay, and the smaller checkpoint."""
