@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from moectl.routers.capacity import capacity, kept
 from moectl.routers.labels import labelled, rows
+from moectl.routers.losses import entropy
 from moectl.routers.protocol import Context, Options, Router, Routing, routing, top, wide
 
 
@@ -70,8 +70,3 @@ def entropy_loss(probability_TE: Tensor, modality_T: Tensor, options: LimoeOptio
         missing = (threshold - entropy(own_RE.mean(0))).clamp(min=0)
         losses.append(options.local_loss * entropy(own_RE).mean() + options.global_loss * missing)
     return sum(losses, probability_TE.new_zeros(())) / max(len(losses), 1)
-
-
-def entropy(probability: Tensor) -> Tensor:
-    """Over the last dimension, in nats; 0 log 0 is 0."""
-    return torch.special.entr(probability).sum(-1)

@@ -74,6 +74,12 @@ def importance_and_load(clean_TE: Tensor, noisy_TE: Tensor, top_k: int, deviatio
     return (importance + noisy_load(clean_TE, noisy_TE, top_k, deviation)) / 2 if deviation else importance
 
 
+def entropy(probability: Tensor) -> Tensor:
+    """Over the last dimension, in nats; 0 log 0 is 0, and has a finite gradient."""
+    least = torch.finfo(probability.dtype).tiny
+    return -(probability * probability.clamp(min=least).log()).sum(-1)
+
+
 def z_loss(logits_TE: Tensor) -> Tensor:
     """The mean squared log-sum-exp (ST-MoE, arXiv 2202.08906, eq. 5)."""
     return wide(logits_TE).logsumexp(-1).square().mean()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import pad
 
-from moectl.routers.losses import token_load_balancing
+from moectl.routers.losses import entropy, token_load_balancing
 from moectl.routers.protocol import NO_EXPERT, Context, Options, Router, Routing, routing, top, wide
 
 
@@ -48,6 +48,5 @@ class TopP(Router):
         loss = None
         if context.training:
             balance = token_load_balancing(probability_TE, index_TE)
-            entropy = -(probability_TE * logits_TE.log_softmax(-1)).sum(-1).mean()
-            loss = options.aux_loss * balance + options.entropy * entropy
+            loss = options.aux_loss * balance + options.entropy * entropy(probability_TE).mean()
         return routing(index_TE, weight_TE, aux_loss=loss)

@@ -51,6 +51,11 @@ def test_binary_codes_choose_at_most_k_experts_and_some_codes_no_expert() -> Non
     assert ((odd.index_TK >= 0).sum(1) == 0).any()
 
 
+def test_one_expert_needs_no_bits_and_gets_everything() -> None:
+    found = gate(num_experts=1, top_k=1)(HIDDEN_TD, Context(training=True))
+    assert (found.index_TK == 0).all() and (found.weight_TK == 1).all() and found.weight_TK.shape == (200, 1)
+
+
 @pytest.mark.parametrize("num_experts", [8, 6])
 def test_penalties_are_the_entropy_and_the_inverse_of_what_is_reached(num_experts: int) -> None:
     router = gate(num_experts, scale=30, top_k=2, entropy=0.25)

@@ -28,7 +28,7 @@ def test_every_router_has_a_case() -> None:
 
 
 @over()
-@pytest.mark.parametrize("tokens", [1, 5, 64])
+@pytest.mark.parametrize("tokens", [0, 1, 5, 64])
 @pytest.mark.parametrize("learning", [False, True], ids=["use", "training"])
 def test_shapes_numbers_and_sums(case: Case, tokens: int, learning: bool) -> None:
     context = case.context(tokens)
@@ -126,6 +126,19 @@ def test_the_same_draws_give_the_same(case: Case) -> None:
     router, given = case.router(), case.given(33)
     one, two = (case.run(router, given, training(case.context(33))) for _ in range(2))
     assert torch.equal(one.index_TK, two.index_TK) and torch.equal(one.weight_TK, two.weight_TK)
+
+
+@over()
+def test_half_precision_and_equal_or_large_scores_give_weights_in_single_precision(case: Case) -> None:
+    for router, given in (
+        (case.router(torch.bfloat16), case.given(12, dtype=torch.bfloat16)),
+        (case.router(), case.given(12, dtype=torch.bfloat16)),
+        (case.router(), torch.zeros_like(case.given(12))),
+        (case.router(), 1e4 * case.given(12)),
+    ):
+        for context in (case.context(12), training(case.context(12))):
+            weight_TK = case.run(router, given, context).weight_TK
+            assert weight_TK.dtype == torch.float32 and weight_TK.isfinite().all()
 
 
 def reach(case: Case) -> int:

@@ -94,6 +94,17 @@ def test_the_balance_of_each_sequence() -> None:
     assert sequence_load_balancing(share_TE, index_TK, None).item() != pytest.approx(expected)
 
 
+def test_the_balance_of_sequences_counts_the_best_scores_and_not_what_bias_and_nodes_made_of_them() -> None:
+    """DeepSeek-V3, eq. 18."""
+    scores_TE = scores()
+    plain = loss("deepseek-v3", scores_TE, top_k=2, groups=1, top_groups=1, aux_loss=1.0)
+    kind = find("deepseek-v3").load()
+    router = kind(None, E, kind.Options(top_k=2, groups=4, top_groups=1, aux_loss=1.0)).double()
+    router.bias[0] = 1.0
+    found = router.route(scores_TE, Context(training=True))
+    assert (found.index_TK == 0).any(1).all() and found.aux_loss.item() == pytest.approx(plain.item())
+
+
 def test_the_balances_of_devices_and_of_what_is_sent_to_them() -> None:
     scores_TE, groups, open_groups = scores(), 4, 2
     router = DeepSeekV2(None, E, DeepSeekV2Options(top_k=3, groups=groups, top_groups=open_groups))
@@ -141,6 +152,15 @@ def test_v_moe_wants_even_importance_and_even_chances() -> None:
     assert loss("v-moe", scores_TE, context, aux_loss=1.0).item() == pytest.approx((importance + load) / 2)
 
 
+@pytest.mark.parametrize("name", ["v-moe", "e3", "adamv-moe"])
+def test_without_noise_importance_counts_alone(name: str) -> None:
+    context = Context(training=True, task_T=torch.zeros(T, dtype=torch.int64))
+    options = {"members": 1} if name == "e3" else {}
+    importance = squared_cv([fmean(row[e] for row in scores().softmax(1).tolist()) for e in range(E)])
+    found = loss(name, scores(), context, aux_loss=1.0, noise=0.0, **options)
+    assert found.item() == pytest.approx(importance)
+
+
 def noisy(seed: int, importance: float, load: float) -> tuple[NoisyTopK, Tensor]:
     torch.manual_seed(seed)
     options = NoisyTopKOptions(top_k=2, init=0.5, importance_loss=importance, aux_loss=load)
@@ -183,6 +203,15 @@ def test_the_importance_of_noisy_top_k() -> None:
         for e in range(E)
     ]
     assert routing.aux_loss.item() == pytest.approx(squared_cv(sums))
+
+
+def test_a_chosen_expert_whose_gate_rounds_to_nothing_is_chosen_all_the_same() -> None:
+    """Its chance to be chosen again is against the third, not against itself."""
+    router = NoisyTopK(1, 4, NoisyTopKOptions(top_k=2, importance_loss=0.0, aux_loss=1.0))
+    with torch.no_grad():
+        router.weight[:, 0], router.noise[:, 0] = torch.tensor([600.0, 400.0, 200.0, 0.0]), -1000.0
+    found = router(torch.ones(5, 1), Context(training=True))
+    assert (found.weight_TK[:, 1] == 0).all() and found.aux_loss.item() == pytest.approx(squared_cv([5, 5, 0, 0]))
 
 
 def test_noisy_top_k_of_all_experts_has_an_even_load() -> None:

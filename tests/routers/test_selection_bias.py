@@ -6,10 +6,11 @@ Legend: T tokens, E experts, K choices.
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from moectl.routers.deepseek_v3 import DeepSeekV3, DeepSeekV3Options
 from moectl.routers.longcat import LongCat, LongCatOptions
@@ -111,6 +112,28 @@ def test_prices_of_several_calls_are_averaged_and_use_leaves_no_trace() -> None:
     before_E = both.beta.clone()
     both.after_step(torch.zeros(E))
     assert torch.equal(both.beta, before_E)
+    with torch.no_grad():  # a replay has no gradients, and is training all the same
+        both.route(skewed(3), TRAINING)
+    both.after_step(torch.zeros(E))
+    assert not torch.equal(both.beta, before_E)
+
+
+def test_prices_are_those_of_all_processes() -> None:
+    """The other process has found the same in two calls as this one in one, for other tokens."""
+    one, other, both = (Quantile(None, E) for _ in range(3))
+    one.route(skewed(1), TRAINING)
+    for _ in range(2):
+        other.route(skewed(2), TRAINING)
+    for seed in (1, 2, 2):
+        both.route(skewed(seed), TRAINING)
+    theirs = iter((other.found, other.calls))
+    with (
+        mock.patch.object(distributed, "is_initialized", lambda: True),
+        mock.patch.object(distributed, "all_reduce", lambda ours: ours.add_(next(theirs))),
+    ):
+        one.after_step(torch.zeros(E))
+    both.after_step(torch.zeros(E))
+    torch.testing.assert_close(one.beta, both.beta)
 
 
 def test_prices_of_all_experts_are_refused() -> None:

@@ -65,7 +65,9 @@ def test_what_is_missing_or_wrong_is_said() -> None:
     with pytest.raises(ValueError, match="a domain is 8, of 8"):
         DeMix(None, E).route(hidden(), Context(task_T=torch.full((T,), 8)))
     with pytest.raises(ValueError, match="level is 'word'"):
-        TaskLevel(D, E, TaskLevelOptions(level="word"))
+        TaskLevel(None, E, TaskLevelOptions(level="word"))
+    with pytest.raises(ValueError, match="a domain is -1, of 8"):
+        DeMix(None, E).route(hidden(), Context(task_T=torch.arange(T) - 1))
     with pytest.raises(ValueError, match="one expert"):
         DeMix(None, E, DeMixOptions(top_k=2))
     for wrong in ("10/01", "10/01/1", "10/01/12/00"):
