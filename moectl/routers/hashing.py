@@ -158,7 +158,8 @@ class DeepSeekV4Hash(Hash):
     def route(self, scores_TE: Tensor, context: Context) -> Routing:
         """The choice and its weights; there is no loss."""
         index_TK = self.chosen(context)
-        share_TK = torch.nn.functional.softplus(wide(scores_TE)).sqrt().gather(1, index_TK)
+        softplus_TK = torch.nn.functional.softplus(wide(scores_TE).gather(1, index_TK))
+        share_TK = softplus_TK.clamp(min=torch.finfo(softplus_TK.dtype).tiny).sqrt()  # of 0 it has no gradient
         return routing(index_TK, share_TK / (share_TK.sum(-1, keepdim=True) + 1e-20) * self.options.scale)
 
 

@@ -37,9 +37,11 @@ class Limoe(Router):
     """Top-1 of softmax(W h), weight p; the most certain tokens of the batch, of either modality, get places first.
 
     For each modality m, over its own tokens: local(m) = mean H(p), so that a token knows its expert; global(m) =
-    max(0, log S - H(mean p)), so that the modality does not collapse onto fewer than S experts. The code that this was
-    checked against quotes the threshold from the paper, and knows one modality; that both losses are averaged over the
-    modalities there are is from memory. The paper chooses which modality gets which.
+    max(0, log S - H(mean p)), so that the modality does not collapse onto fewer than S experts. Both are averaged over
+    the modalities there are; the paper chooses which modality gets which.
+
+    Unverified: the threshold is as others quote the paper (koayon/ml-implementations, `hf_model.py`), the rest is from
+    memory.
     """
 
     Options = LimoeOptions

@@ -28,7 +28,7 @@ def load_balancing(probability_TE: Tensor, index_TK: Tensor, everywhere: bool = 
 
 def sequence_load_balancing(probability_TE: Tensor, index_TK: Tensor, sequence_T: Tensor | None) -> Tensor:
     """`load_balancing` of each sequence, averaged over sequences (DeepSeek-V3, arXiv 2412.19437, eq. 17-20)."""
-    if sequence_T is None:
+    if sequence_T is None or not len(sequence_T):
         return load_balancing(probability_TE, index_TK)
     num_experts, sequences = probability_TE.shape[-1], int(sequence_T[-1]) + 1
     place_TK = torch.where(index_TK == NO_EXPERT, NO_EXPERT, index_TK + num_experts * sequence_T[:, None])

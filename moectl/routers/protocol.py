@@ -5,7 +5,7 @@
     routing = router.route(scores_TE, Context())      # the rule alone, on scores that were captured elsewhere
 
 State that outlives a step (selection biases, thresholds) is in the module's buffers, and moves in `after_step` alone;
-what calls count towards it is in buffers that no checkpoint holds.
+what calls count towards it is in buffers that `after_step` sets back to 0.
 Legend: T tokens, D hidden, E experts, K choices, S slots.
 """
 
@@ -16,6 +16,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from moectl.routers.largest import largest
 
 NO_EXPERT = -1
 """In place of an expert's number where a token goes nowhere: dropped over capacity, below a threshold, skipped."""
@@ -29,7 +31,8 @@ class Context:
         training: whether noise, capacities of training and losses are on.
         hidden_TD: what the scores were computed from.
         token_T: token ids, int64.
-        sequence_T: which sequence each token belongs to, int64, from 0, never falling; None: all are one.
+        sequence_T: which sequence each token belongs to, int64, from 0, never falling, no number left out; None: all
+            are one.
         task_T: the task, domain or language of each token, int64.
         modality_T: int64.
         generator: of everything that is drawn; None: torch's own.
@@ -164,8 +167,6 @@ def top(scores_TE: Tensor, top_k: int) -> Tensor:
     if not fast or torch.compiler.is_compiling():
         return scores_TE.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
     # torch.topk orders equals as it likes, and takes 1.5 to 3 times as long (k = 8, E = 64 to 256, one thread).
-    from moectl.routers.compiled import largest
-
     flat_TE = scores_TE.detach().reshape(-1, scores_TE.shape[-1]).contiguous()
     index_TK = torch.empty(len(flat_TE), min(top_k, flat_TE.shape[1]), dtype=torch.int64)
     largest(flat_TE.numpy(), index_TK.numpy())

@@ -483,7 +483,6 @@ ROUTERS: tuple[Entry, ...] = (
         "limoe:Limoe",
         needs=("logits", "modalities"),
         causal=False,
-        source="koayon/ml-implementations moet_experiment/hf_model.py `local_entropy_loss`, `global_entropy_loss`",
     ),
     Entry(
         "moa",

@@ -10,7 +10,6 @@ from moectl.codecs import encoding
 from moectl.codecs.encoding import decode, encode
 from moectl.codecs.rate import entropy, expected
 from moectl.codecs.tables import QMOE, RATIOS, choose, table
-from moectl.compiled import compiled
 
 NUMBERS = (QMOE, *RATIOS)
 
@@ -142,9 +141,3 @@ def test_no_codewords_reach_outside_the_matrix(data):
     if wrong >= 0:
         with pytest.raises(ValueError, match="row"):
             decode(codes, counts, table(number), values, width)
-
-
-def test_a_loop_is_compiled_where_nothing_can_be_kept():
-    names = {}
-    exec("def twice(x):\n    return 2 * x", names)  # no file: no place for compiled code either
-    assert compiled(names["twice"])(21) == 42

@@ -35,6 +35,13 @@ def test_the_lower_number_comes_first_among_equals(rows: list[list[int]], top_k:
     assert top(torch.tensor(rows, dtype=torch.float), top_k).tolist() == expected
 
 
+def test_of_no_rows_and_of_rows_with_nan_the_numbers_are_in_range() -> None:
+    assert top(torch.empty(0, 6), 2).shape == (0, 2) and top(torch.empty(0, 3, 6), 2).shape == (0, 3, 2)
+    scores_TE = torch.tensor([[1.0, torch.nan, 3.0, 2.0], [torch.nan] * 4])
+    index_TK = top(scores_TE, 3)
+    assert ((index_TK >= 0) & (index_TK < 4)).all() and all(len(set(row)) == 3 for row in index_TK.tolist())
+
+
 @contextmanager
 def planted_kernel() -> Iterator[mock.Mock]:
     """Inside, tensors of the CPU are for the kernel too, in whose place is its reference."""

@@ -141,6 +141,15 @@ def test_half_precision_and_equal_or_large_scores_give_weights_in_single_precisi
             assert weight_TK.dtype == torch.float32 and weight_TK.isfinite().all()
 
 
+@over(lambda case: find(case.name).trainable)
+def test_gradients_of_equal_and_of_large_scores_are_finite(case: Case) -> None:
+    for given in (torch.zeros_like(case.given(12)), 1e4 * case.given(12)):
+        given.requires_grad_()
+        found = case.run(case.router(), given, training(case.context(12)))
+        (slope,) = torch.autograd.grad(found.weight_TK.sum() + found.aux_loss, given)
+        assert slope.isfinite().all()
+
+
 def reach(case: Case) -> int:
     """How many experts there are to go to: more than `num_experts` where some compute nothing or are products."""
     return getattr(case.router(), "reach", case.num_experts)

@@ -1,4 +1,4 @@
-"""What every what-if asks of a trace, and what it does with a layer before it counts.
+"""What every what-if asks of its options and of a trace, and what it does with a layer before it counts.
 
 Legend: T tokens, K experts per token, E experts.
 """
@@ -6,10 +6,12 @@ Legend: T tokens, K experts per token, E experts.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from typing import Any
 
 import numpy as np
 
-from moectl.errors import InputError
+from moectl.errors import InputError, UsageError
 from moectl.report.output import Cell
 from moectl.routing.whatif.registry import Need
 from moectl.traces.statistics import probabilities, require_weights
@@ -18,7 +20,29 @@ from moectl.traces.trace import NO_EXPERT, Routed, RoutingTrace
 CHUNK = 1 << 13
 """Tokens whose scores are in memory at once, in float64."""
 
+MOST = 10**9
+"""What no option is above; there are at most MOST_GPUS GPUs and nodes, for each of which something is counted."""
+
+MOST_GPUS = 1 << 16
+
 _CAPTURE = "Capture the trace from the model: moectl analyze-routing MODEL --trace DIR keeps weights and scores."
+
+
+def require_numbers(options: Any, *may_be_zero: str) -> None:
+    """Check the numbers of a dataclass of options: above 0, or from 0 where `may_be_zero` names them, and `seed`.
+
+    Raises:
+        UsageError: one is not, or is larger than anything that could be counted, or no number.
+    """
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        zero = field.name in (*may_be_zero, "seed")
+        most = MOST_GPUS if field.name in ("gpus", "gpus_per_node", "nodes") else MOST
+        if not (0 <= value <= most if zero else 0 < value <= most):
+            least = "from 0" if zero else "above 0 and"
+            raise UsageError(f"{field.name} cannot be {value}.", "", f"Give {field.name}= a number {least} to {most:,}.")
 
 
 def require(trace: RoutingTrace, name: str, *needs: Need) -> None:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from moectl.compiled import compiled
 
 
-def _largest(value_TE, index_TK):  # type: ignore[no-untyped-def] # numba infers
+@compiled
+def largest(value_TE: np.ndarray, index_TK: np.ndarray) -> None:
+    """Write where the K largest of each row are, the largest first, the lower number first among equals.
+
+    K is at most E. Where a row has a NaN, its numbers are in range and of no meaning.
+    """
     rows, experts = value_TE.shape
     wanted = index_TK.shape[1]
     best = np.empty(wanted, value_TE.dtype)
@@ -22,11 +28,3 @@ def _largest(value_TE, index_TK):  # type: ignore[no-untyped-def] # numba infers
                 place -= 1
             best[place] = value
             index_TK[row, place] = expert
-
-
-try:
-    largest = njit(cache=True, nogil=True)(_largest)
-except RuntimeError:  # neither the package's directory nor the user's cache can be written
-    largest = njit(nogil=True)(_largest)
-"""(value [T, E], index [T, K]): write where the K largest of each row are, the largest first, the lower number first
-among equals. K is at most E, and nothing is NaN."""
