@@ -55,6 +55,17 @@ def test_rows_number_and_orientation_of_every_form_of_product(form: str) -> None
     assert torch.equal(product.x_SN, x_SN[: len(product.x_SN)])
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_products_that_nobody_reads_are_seen_and_zero(form: str) -> None:
+    transposed, compute = FORMS[form]
+    weight, x_SN = torch.randn(E, *((N, R) if transposed else (R, N))), torch.randn(5, N)
+    whole, seen = compute(weight, x_SN), []
+    with Watch({"w": weight}, seen.append, {"w"}):
+        unread, other = compute(weight, x_SN), x_SN @ torch.ones(N, R)
+    assert len(seen) == 1 and unread.shape == whole.shape and other.all()
+    assert not torch.equal(unread, whole) and (unread == unread.flatten()[0]).all()  # but for a bias of ones
+
+
 class Choosing(nn.Module):
     """Experts of one matrix each."""
 

@@ -5,7 +5,7 @@ Legend: T tokens, K experts per token, S rows, D hidden, G experts of the batch,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,12 +71,14 @@ def from_choices(
     given: Iterable[Given],
     cap: int,
     *,
+    last: Collection[str] = (),
     all_experts: bool,
     gate_weighted: bool,
 ) -> None:
     """Add what the experts of a module are given, each shown its rows of the files again, at most `cap`.
 
     Args:
+        last: names of matrices whose products need not be computed, for nothing that is seen follows from them.
         all_experts: show each expert the rows of all tokens.
         gate_weighted: count a row as often as its weight says.
 
@@ -95,7 +97,7 @@ def from_choices(
                     x_SN = product.x_SN[: len(gate_S1)].float()
                     moments.add(*slot, x_SN * gate_S1 if gate_weighted else x_SN)
 
-            with Watch(parameters, see):
+            with Watch(parameters, see, last):
                 show(experts, x_TD[row_S], expert_S)
     shown = cap - torch.tensor(left)
     matrices = min(len(counts) for counts in moments.counts)  # more experts than those compute nothing

@@ -37,10 +37,12 @@ class Observed:
     Attributes:
         stacks: their matrices.
         tokens: rows that each expert's was multiplied with, [E] by stack.
+        last: names of the matrices that an expert multiplies with last: nothing that is seen follows from the products.
     """
 
     stacks: list[Stack]
     tokens: list[Tensor]
+    last: tuple[str, ...] = ()
 
     @property
     def experts(self) -> int:
@@ -86,7 +88,8 @@ def observe(work: LayerWork) -> Observed:
         return Observed(stacks, [torch.cat([tokens.get(name, none) for name in stack.names]) for stack in stacks])
     least = min(stack.experts for stack in stacks)  # experts beyond those compute nothing
     chosen_E = tokens[_CHOSEN][:least]
-    return Observed(stacks, [functional.pad(chosen_E, (0, stack.experts - least)) for stack in stacks])
+    last = next(stack.names for stack in stacks if list(seen)[-1] in stack.names)
+    return Observed(stacks, [functional.pad(chosen_E, (0, stack.experts - least)) for stack in stacks], last)
 
 
 def all_given(work: LayerWork) -> Iterator[Given]:

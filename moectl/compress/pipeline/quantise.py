@@ -60,6 +60,7 @@ def _quantise_batch(work: LayerWork, observed: Observed, start: int) -> None:
             work.parameters,
             all_given(work),
             caps[0],
+            last=observed.last,
             all_experts=settings.all_experts,
             gate_weighted=settings.gate_weighted,
         )

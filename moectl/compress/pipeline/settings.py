@@ -15,7 +15,7 @@ BATCH_EXPERTS = 16
 CAP = 4.0
 """An expert's Hessian is of at most so many times the mean number of tokens (ibid.)."""
 MIN_TOKENS = 32
-MICRO_BATCH_TOKENS = 1024
+MICRO_BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)

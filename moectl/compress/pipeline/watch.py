@@ -8,7 +8,7 @@ Legend: S rows, R outputs, N inputs of a matrix, G matrices of a batched product
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,21 +41,31 @@ class Product:
 
 
 class Watch(TorchDispatchMode):
-    """Inside, `see` is told of every product with a matrix that lies in one of the parameters."""
+    """Inside, `see` is told of every product with a matrix that lies in one of the parameters.
 
-    def __init__(self, parameters: Mapping[str, Tensor], see: Callable[[Product], None]) -> None:
+    Products with those in `unread` are not computed: zeros stand for them.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], see: Callable[[Product], None], unread: Collection[str] = ()
+    ) -> None:
         super().__init__()
         self._names = {_memory(parameter): name for name, parameter in parameters.items()}
         self._start = {name: parameter.storage_offset() for name, parameter in parameters.items()}
         self._see = see
+        self._unread = unread
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
         places = _OPERANDS.get(function.overloadpacket)
-        if places is not None:
-            for product in self._products(args[places[0]], args[places[1]]):
-                self._see(product)
-        return result
+        if places is None:
+            return function(*args, **(kwargs or {}))
+        left, right = (args[place] for place in places)
+        products = list(self._products(left, right))
+        for product in products:
+            self._see(product)
+        if products and all(product.name in self._unread for product in products):
+            return left.new_zeros((*left.shape[:-1], *right.shape[1:][-1:]))
+        return function(*args, **(kwargs or {}))
 
     def _products(self, left: Tensor, right: Tensor) -> Iterator[Product]:
         if _memory(right) in self._names:

@@ -24,7 +24,7 @@ Piece = dict[str, Tensor]
 """
 
 
-ROWS = 128
+ROWS = 256
 """Rows of all matrices that are worked on at once: they are independent, and what is in memory for each is much."""
 
 
