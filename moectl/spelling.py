@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from math import isfinite
 from typing import Any, TypeVar
 
 from moectl.errors import UsageError
@@ -46,7 +47,7 @@ def filled(
         short: short names of fields.
 
     Raises:
-        UsageError: there is no such option, or its value is of another type.
+        UsageError: there is no such option, or its value is of another type or not finite.
     """
     own, short = kind(), short or {}
     known = {field.name: getattr(own, field.name) for field in fields(kind)}  # type: ignore[arg-type]
@@ -111,6 +112,9 @@ def _value(what: str, option: str, text: str, default: Any) -> Any:
             raise wrong
         return text.lower() in ("true", "yes", "1")
     try:
-        return type(default)(text)
+        value = type(default)(text)
     except (TypeError, ValueError):
         raise wrong from None
+    if isinstance(value, float) and not isfinite(value):
+        raise wrong
+    return value

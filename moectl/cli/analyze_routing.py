@@ -153,7 +153,7 @@ def analyze_routing(
 
     The table has a row per layer; the verdict and what stands out go to stderr. With OTHER, both read the same text and
     are compared token by token; of several, each with the last. --replay, --what-if and --advise answer from the trace,
-    with tables of their own in place of that.
+    with tables of their own in place of that: in a pipe, each of several below a line with its name.
     """
     from moectl.report import output
     from moectl.routing import gate
@@ -162,7 +162,7 @@ def analyze_routing(
 
     conditions = [gate.parse(text) for text in fail_on or ()]
     most = output.parse_size(trace_size)
-    analyzing.require_places(trace, html, placement, overwrite)
+    analyzing.require_places(trace, html, placement, engine, overwrite)
     machine = {"gpus": gpus, "gpu_memory_gb": gpu_memory, "link": link, "nodes": nodes}
     file = None if placement is None else {"path": placement, "engine": engine, "overwrite": overwrite}
     asked = analyzing.asked(replay, what_if or [], machine, file, advise=advise)

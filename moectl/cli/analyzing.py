@@ -75,16 +75,15 @@ def alike(study: Study, quiet: bool) -> list[Alike]:
         return alike(study.checkpoint, advance)
 
 
-def require_places(trace: Path | None, html: Path | None, placement: Path | None, overwrite: bool) -> None:
+def require_places(trace: Path | None, html: Path | None, placement: Path | None, engine: str, overwrite: bool) -> None:
     """Refuse places that could not be written after all the work."""
-    from moectl.errors import UsageError
-    from moectl.text import escape
+    from moectl.routing.placement import export
     from moectl.traces.store import require_place
 
     if trace is not None:
         require_place(trace, overwrite=overwrite)
-    if placement is not None and placement.exists() and not overwrite:
-        raise UsageError(f"{escape(str(placement))} exists.", "", "Give another name, or --overwrite.")
+    if placement is not None:
+        export.require_place(placement, engine, overwrite=overwrite)
     writing.check_page(html)
 
 
@@ -155,9 +154,12 @@ def show(found: Report, files: list[Path], *, json: bool, quiet: bool, by_number
         document: dict[str, Any] = {"command": command(), "files": [str(path) for path in files], **found.to_json()}
         output.emit_json(SCHEMA, document)
     elif found.answered:
-        for number, (title, columns, rows) in enumerate(answers.tables(found)):
+        tables = list(answers.tables(found))
+        for number, (title, columns, rows) in enumerate(tables):
             if number:
                 sys.stdout.write("\n")
+            if len(tables) > 1 and not sys.stdout.isatty():
+                sys.stdout.write(f"# {title}\n")
             output.emit_table(columns, rows, title)
     elif sys.stdout.isatty():
         output.emit_table(*terminal.table(found.analysis, sys.stdout.encoding), terminal.TITLE)

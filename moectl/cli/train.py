@@ -43,7 +43,7 @@ def train(
     aux_loss: Annotated[
         float | None,
         typer.Option(
-            help="Coefficient of each layer's balancing loss; 0 is off, as it is with --router, and 0.01 else.",
+            help="Coefficient of each layer's balancing loss: 0.01, or 0 where --router brings its own; 0 is off.",
             show_default=False,
         ),
     ] = None,
@@ -119,7 +119,7 @@ def train(
         clip=clip,
         only=only or "all",
         freeze_experts=freeze_experts,
-        aux_loss=(0.0 if router else 0.01) if aux_loss is None else aux_loss,
+        aux_loss=training.balancing(router) if aux_loss is None else aux_loss,
         z_loss=z_loss,
         bias_update=bias_update,
         router=router,

@@ -52,6 +52,15 @@ def caution(router: str | None) -> None:
             output.warn(words)
 
 
+def balancing(router: str | None) -> float:
+    """The coefficient of the balancing loss of the family's own routers, where none is given."""
+    if router is None:
+        return 0.01
+    from moectl.layerwise.routed import one_router, replaces_all
+
+    return 0.0 if replaces_all(one_router(router).entry) else 0.01
+
+
 def train_shown(
     source: Source, recipe: TrainRecipe, out: Path, world: World, *, quiet: bool, title: str, **how: Any
 ) -> Outcome:

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, TextStreamer
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import UsageError
 from moectl.integrations.implementation import set_experts
+from moectl.integrations.routed.depth import HeldLayer
 from moectl.layerwise.memory import resident
 from moectl.layerwise.quiet import quiet
 from moectl.layerwise.skeleton import read_config
@@ -102,6 +103,7 @@ def write(
     how = GenerationConfig(
         do_sample=bool(sampling),
         max_new_tokens=settings.max_new_tokens,
+        use_cache=not any(isinstance(module, HeldLayer) for module in model.modules()),
         pad_token_id=next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0),
         **sampling,
     )

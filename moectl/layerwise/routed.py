@@ -53,6 +53,11 @@ def one_router(text: str) -> Named:
     return found[0]
 
 
+def replaces_all(entry: Entry) -> bool:
+    """Whether a router takes the place of all of a family's, so that none is left for losses of the family's own."""
+    return entry.name != "mod" and entry.kind != "slots"
+
+
 def cautions(entry: Entry) -> list[str]:
     """What has to be known of a router before its numbers are read."""
     found = []

@@ -77,11 +77,15 @@ def parse(
         advise: whether the machine is asked about as a whole.
 
     Raises:
-        UsageError: there is no such router, what-if or option.
+        UsageError: there is no such router, what-if or option, or `all` is given one.
     """
     named = [part for text in what_if for part in split(text)]
     optional = any(name == ALL for name, _ in named)
     given = {name: options for name, options in named if name != ALL}
+    if any(name == ALL and options for name, options in named):
+        raise UsageError(
+            f"{ALL} takes no options.", "They differ from what-if to what-if.", f"Write {ALL},cache:expert_mb=8, say."
+        )
     wanted = [each.name for each in WHAT_IFS] if optional else []
     if placement is not None:
         wanted.append("placement")
@@ -111,13 +115,17 @@ def answer(
         if recording.sampled < 1:
             say(f"What-ifs are about the trace: {recording.sampled:.0%} of the tokens read, whole documents.")
         findings[stream] = list(_findings(recording.trace, asked, seed, say))
+    if len(findings) > 1 and (asked.machine or asked.placement):
+        say(f"Advice and placement are of the {next(iter(findings))} alone.")
     advice = None
     if asked.machine is not None:
         from moectl.routing.whatif.advise import advise
         from moectl.routing.whatif.machine import facts
 
-        model = None if study.checkpoint is None else facts(study.checkpoint)
-        advice = advise(next(iter(study.recordings.values())).trace, asked.machine, model)
+        traces = [recording.trace for recording in study.recordings.values()]
+        experts = [sum(routed.point.num_experts for routed in trace.layers) for trace in traces]
+        model = None if study.checkpoint is None else facts(study.checkpoint, experts[0] / max(sum(experts), 1))
+        advice = advise(traces[0], asked.machine, model)
     if asked.placement is not None:
         say(_placed(next(iter(findings.values())), asked.placement))
     return findings, advice
@@ -171,5 +179,10 @@ def words(found: Report, width: int = 80) -> list[str]:
 def fill(text: str, width: int, indent: str = "", bullet: str = "") -> list[str]:
     """Lines of at most that many characters."""
     return textwrap.wrap(
-        escape(text), width, initial_indent=indent + bullet, subsequent_indent=indent + "  ", break_long_words=False
+        escape(text),
+        width,
+        initial_indent=indent + bullet,
+        subsequent_indent=indent + "  ",
+        break_long_words=False,
+        break_on_hyphens=False,
     )

@@ -96,11 +96,11 @@ class TrainRecipe:
             self._check_router(self.router)
 
     def _check_router(self, router: str) -> None:
-        from moectl.layerwise.routed import one_router
+        from moectl.layerwise.routed import one_router, replaces_all
 
-        one_router(router)
+        replaced = replaces_all(one_router(router).entry)
         for name in ("aux_loss", "z_loss", "bias_update"):
-            if getattr(self, name):
+            if getattr(self, name) and replaced:
                 raise UsageError(
                     f"--{name.replace('_', '-')} is for the family's own router, and --router replaces that.",
                     "A router has the losses and biases of its paper, with coefficients of its own.",

@@ -264,8 +264,14 @@ def test_every_what_if_in_a_table_a_page_and_json(traced: Path) -> None:
     assert [each["name"] for each in found] == names
     assert all(each["headline"] and each["rows"] and each["assumptions"] for each in found)
     blocks = run(str(traced), "--what-if", "coalescing,cache:expert_mb=1", "-q").stdout.split("\n\n")
-    assert [block.split("\t")[0] for block in blocks] == ["layer", "policy"]
+    assert [block.split("\t")[0] for block in blocks] == ["# coalescing\nlayer", "# cache\npolicy"]
     assert all(each["headline"].split()[0] in Path("asked.html").read_text() for each in found)
+
+
+def test_nodes_alone_are_enough_for_every_what_if(traced: Path) -> None:
+    document = json.loads(run(str(traced), "--what-if", "all", "--nodes", "2", "--json", "-q").stdout)
+    limit = next(each for each in document["what_if"]["decoder"] if each["name"] == "node-limit")
+    assert limit["headline"].startswith("A limit of 1 of 2 nodes")
 
 
 def test_advice_and_a_placement_that_an_engine_reads(traced: Path) -> None:
@@ -273,7 +279,7 @@ def test_advice_and_a_placement_that_an_engine_reads(traced: Path) -> None:
         str(traced), "--advise", "--gpus", "4", "--gpu-memory", "24", "--link", "400Gb/s", "--placement", "where.json"
     )
     assert done.exit_code == 0, done.output
-    assert "--init-expert-location where.json" in done.stderr and "advice\trests on" in done.stdout
+    assert "--init-expert-location where.json" in done.stderr and "# advice\ntopic\tadvice\trests on" in done.stdout
     slots = json.loads(Path("where.json").read_text())["physical_to_logical_map"]
     assert all(sorted(set(row)) == list(range(8)) for row in slots)
     again = run(str(traced), "--placement", "where.json")
@@ -289,7 +295,12 @@ def test_advice_and_a_placement_that_an_engine_reads(traced: Path) -> None:
         ("--what-if", "cache:colour=red"),
         ("--what-if", "cache:expert_mb=many"),
         ("--advise", "--link", "fast"),
+        ("--what-if", "all:gpus=4"),
+        ("--what-if", "cache:gb_per_s=nan"),
         ("--advise", "--gpus", "3", "--nodes", "2"),
+        ("--advise", "--gpu-memory", "nan"),
+        ("--placement", "nowhere/where.json"),
+        ("--placement", "new.json", "--engine", "nobody"),
         ("--placement", "where.txt"),
     ],
 )

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_traces import home_of
 
 from moectl.errors import InputError, UsageError
 from moectl.routing.placement.export import ENGINES, export
 from moectl.routing.placement.packing import contiguous, eplb, repacked
 from moectl.routing.placement.placement import fair_loads, gpu_loads, imbalance, least_imbalance
+from moectl.routing.whatif.asked import homes
 
 OLMOE = json.loads((Path(__file__).parent / "olmoe_counts.json").read_text())
 README_LOADS = [
@@ -140,6 +142,15 @@ def test_every_expert_is_somewhere_and_no_token_is_lost(data: st.DataObject) -> 
             by_hand[gpu] += load_E[expert] / np.count_nonzero(placement.expert_S == expert)
         assert gpu_loads(placement, load_E) == pytest.approx(by_hand)
     assert len(placement.expert_S) == slots
+
+
+@given(st.integers(1, 12), st.integers(1, 9))
+def test_neighbours_are_together_as_engines_place_them(experts: int, gpus: int) -> None:
+    gpu_E = contiguous(experts, gpus).gpu_S.tolist()
+    assert gpu_E == homes(experts, gpus).tolist(), "what-ifs of traffic mean the same GPUs"
+    if gpus <= experts:
+        assert gpu_E == [home_of(expert, experts, gpus) for expert in range(experts)]
+    assert len(set(gpu_E)) == min(experts, gpus)
 
 
 def test_fair_loads_have_the_moments_of_drawing_without_putting_back() -> None:

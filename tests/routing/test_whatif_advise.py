@@ -59,6 +59,7 @@ def test_what_a_checkpoint_says_of_itself() -> None:
     config = {"model_type": "x", "text_config": {"hidden_size": 64}}
     found = facts(Checkpoint(Path(), "x", None, config, tensors, {}))
     assert found == Model(1000 / 1e9, 50 / 1e9, 64)
+    assert facts(Checkpoint(Path(), "x", None, config, tensors, {}), 0.5) == Model(500 / 1e9, 50 / 1e9, 64)
 
 
 def test_uneven_loads_are_repacked_and_even_ones_left() -> None:

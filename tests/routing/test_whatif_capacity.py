@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_traces import random_trace, trace, traces
+from small_traces import home_of, random_trace, trace, traces
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 from moectl.errors import InputError, UsageError
@@ -94,7 +94,7 @@ def one_by_one(traced: RoutingTrace, layer: int, options: Options) -> list[list[
         queue = [(t, k) for k in range(K) for t in members]
         if options.convention == "v-moe":
             z = {t: routed.score_TE[t].astype(float) for t in members}
-            first = {t: np.max(np.exp(z[t]) / np.exp(z[t]).sum()) for t in members}
+            first = {t: 1 / np.exp(z[t] - z[t].max()).sum() for t in members}  # so that equals are equal to the bit
             queue.sort(key=lambda at: (at[1], -first[at[0]], at[0]))
         if options.convention in ("megatron", "deepseek-v2"):
             queue.sort(key=lambda at: (-weight[at] if index[at[0]][at[1]] >= 0 else 0, at))
@@ -110,7 +110,7 @@ def one_by_one(traced: RoutingTrace, layer: int, options: Options) -> list[list[
         for t, k in queue:
             expert = index[t][k]
             if expert >= 0:
-                place = expert * devices // E if options.convention == "deepseek-v2" else expert
+                place = home_of(expert, E, devices) if options.convention == "deepseek-v2" else expert
                 found[t][k] = taken[place] < room
                 taken[place] += found[t][k]
     return found

@@ -84,16 +84,16 @@ def test_the_example_of_the_paper() -> None:
     key_R, batch_R = np.array([1, 2, 3] * 5, np.int32), np.repeat(np.arange(5), 3)
     assert buffered(key_R, batch_R, 4, 2) == 4
     index = [[[1], [2], [3]] * 20]
-    detail = run(trace(index, 4, lengths=[30, 30]), Options(batch=3, resident=2)).detail["buffer"]
+    detail = run(trace(index, 4, lengths=[30, 30]), Options(batch=3, resident=0.5)).detail["buffer"]
     at = detail["held"].index(2)
     assert detail[LRU][at] == 0
     assert detail[BUFFER][at] == pytest.approx(9 / 30)
     assert detail[BELADY][at] == pytest.approx(14 / 30)  # who looks ahead keeps 3 when 2 comes in
 
 
-@given(traces(least_tokens=2), st.integers(1, 40), st.integers(0, 3))
+@given(traces(least_tokens=2), st.integers(1, 40), st.sampled_from([0, 0.2, 0.5, 1]))
 @settings(max_examples=40, deadline=None)
-def test_a_finding_adds_up(traced: RoutingTrace, batch: int, resident: int) -> None:
+def test_a_finding_adds_up(traced: RoutingTrace, batch: int, resident: float) -> None:
     finding = run(traced, Options(batch=batch, resident=resident))
     assert [row[0] for row in finding.rows] == sorted({*BATCHES, batch})
     for _, taken, _, fetched, cpu, split, longer, on_cpu in finding.rows:
@@ -120,6 +120,8 @@ def test_random_routing_changes_where_the_closed_form_has_it() -> None:
     assert 64 * (1 - (7 / 8) ** (change - 1)) > 2 * (change - 1)
     assert finding.detail["tokens_per_fetch"] == 4
     assert finding.detail["batch_from_which_fetching_wins"] == min(size for size in (*BATCHES, 32) if size >= change)
+    wins = f"from batches of {finding.detail['batch_from_which_fetching_wins']} on"
+    assert f"beats the CPU {wins} (random routing: {wins})" in finding.headline
     at = finding.detail["buffer"]["held"].index(8)
     assert finding.detail["buffer"][BUFFER][at] == pytest.approx(finding.detail["buffer"][RANDOM][at], abs=0.03)
 
@@ -127,16 +129,22 @@ def test_random_routing_changes_where_the_closed_form_has_it() -> None:
 def test_the_busiest_of_all_layers_are_pinned() -> None:
     """Of layer 0 the experts 0 and 1 are all that is asked for; of layer 1 all 4 are, equally."""
     index = [[[t % 2] for t in range(80)], [[t % 4] for t in range(80)]]
-    finding = run(trace(index, 4, lengths=[40, 40]), Options(batch=4, resident=1, expert_mb=1, gb_per_s=1))
+    finding = run(trace(index, 4, lengths=[40, 40]), Options(batch=4, resident=0.25, expert_mb=1, gb_per_s=1))
     batches_of_4 = next(row for row in finding.rows if row[0] == 4)
     assert batches_of_4[3] == pytest.approx(4 / 4)
     assert batches_of_4[4] == pytest.approx(0.25)
 
 
-@pytest.mark.parametrize("wrong", [{"batch": 0}, {"resident": -1}, {"gb_per_s": 0}])
+@pytest.mark.parametrize("wrong", [{"batch": 0}, {"resident": -1}, {"resident": 1.1}, {"gb_per_s": 0}])
 def test_what_cannot_be_is_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(UsageError):
         run(random_trace(0, [9, 9], 8, 2), Options(**wrong))
+
+
+def test_where_all_experts_are_on_the_gpu_there_is_nothing_to_fetch() -> None:
+    finding = run(random_trace(0, [9, 9], 8, 2), Options(resident=1))
+    assert "beats the CPU at none of the batches" in finding.headline
+    assert all(row[3] == row[4] == 0 for row in finding.rows)
 
 
 def test_one_token_is_refused() -> None:

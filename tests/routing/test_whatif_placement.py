@@ -115,7 +115,5 @@ def test_written_for_an_engine(tmp_path: Path) -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(UsageError, match="no domain 'x'"):
         run(skewed(), Options(domain="x"))
-    with pytest.raises(UsageError, match="cannot be placed"):
-        run(skewed(), Options(gpus=0))
     with pytest.raises(InputError, match="0 tokens"):
         run(random_trace(0, [0], 4, 1), Options())

@@ -143,6 +143,11 @@ def test_layers_of_other_sizes_and_domains_are_told_apart() -> None:
     assert set(finding.detail["domains"]) <= {"a", "b"}
 
 
+def test_what_nothing_reaches_is_said() -> None:
+    nobody = trace(np.full((2, 20, 1), -1), 4, lengths=[10, 10])
+    assert run(nobody, Options()).headline.endswith("No number gets 90%.")
+
+
 def test_what_cannot_be_guessed_is_refused() -> None:
     with pytest.raises(InputError, match="1 layers"):
         run(random_trace(0, [9, 9], 4, 1, layers=1), Options())

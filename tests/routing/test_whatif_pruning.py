@@ -91,7 +91,9 @@ def test_half_of_all_second_choices_are_below_the_median_ratio() -> None:
 
 def test_a_trace_without_weights_is_counted() -> None:
     bare = trace(np.array([[[0, 1]]] * 1).repeat(4, 1), 3)
-    row = run(bare, Options(removed=0.34)).rows[0]
+    found = run(bare, Options(removed=0.34))
+    assert "0.0% of the assignments are lost" in found.headline
+    row = found.rows[0]
     assert row[1:4] == (1, 0.0, pytest.approx(1 / 3)) and row[8] is None
     for wrong in ({"removed": 1.0}, {"by": "size"}, {"beta": -1}):
         with pytest.raises(UsageError):

@@ -10,13 +10,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_traces import random_trace, trace, traces
+from small_traces import home_of, random_trace, trace, traces
 
 from moectl.errors import InputError, UsageError
 from moectl.routers.deepseek_v2 import DeepSeekV2
 from moectl.routers.deepseek_v3 import DeepSeekV3
 from moectl.routers.protocol import Context, Router
+from moectl.routers.rectify import Rectify
 from moectl.routing.whatif import node_limit, rectify
+from moectl.routing.whatif.limiting import limited
 from moectl.routing.whatif.rectify import Rectified
 from moectl.traces.statistics import probabilities
 from moectl.traces.trace import Point
@@ -40,7 +42,7 @@ def walked(index: list[list[int]], p: list[list[float]], room: int, gpus: int, f
     kept = sum(p[t][e] for t in range(T) for e in runs[t])
     rescued = 0
     for _, t in missed:
-        near = [e for e in range(E) if e * gpus // E == t * gpus // T and e not in runs[t]]
+        near = [e for e in range(E) if home_of(e, E, gpus) == t * gpus // T and e not in runs[t]]
         if near:
             runs[t].add(max(near, key=lambda e: (p[t][e], -e)))
             rescued += 1
@@ -130,7 +132,7 @@ def test_a_limit_is_what_sorting_gives(traced, nodes: int, rule: str) -> None:
     nodes = min(nodes, experts)
     p_TE = probabilities(routed.point, routed.score_TE)
     best_of = node_limit.BEST_OF[rule]
-    got = node_limit.limited(p_TE, routed.index_TK, np.arange(experts) * nodes // experts, best_of)
+    got = limited(p_TE, routed.index_TK, np.arange(experts) * nodes // experts, best_of)
     for limit in range(1, nodes + 1):
         changed, mass, met, agreed = 0, 0.0, 0, 0
         for token, p in enumerate(p_TE.tolist()):
@@ -151,7 +153,7 @@ def test_a_limit_is_what_the_routers_do(rule: str, router: type[Router]) -> None
     point = Point("x", 0, 24, 5, score_kind="logits", scoring="sigmoid" if rule == "v3" else "softmax")
     p_TE = probabilities(point, score_TE.numpy())
     nobody_TK = np.full((100, 5), -1)
-    sums = node_limit.limited(p_TE, nobody_TK, np.arange(24) // 4, node_limit.BEST_OF[rule])
+    sums = limited(p_TE, nobody_TK, np.arange(24) // 4, node_limit.BEST_OF[rule])
     chosen = {}
     for limit in (2, 4, 6):
         options = router.Options(top_k=5, groups=6, top_groups=limit)
@@ -191,3 +193,28 @@ def test_what_cannot_be_asked_is_refused() -> None:
     for wrong in ({"rule": "v1"}, {"limit": 9}):
         with pytest.raises(UsageError):
             node_limit.Options(**wrong)
+
+
+@given(
+    st.integers(0, 99),
+    st.sampled_from([(8, 2, 4), (6, 1, 3), (4, 4, 2)]),
+    st.integers(0, 2),
+    st.sampled_from([0.5, 1, 2]),
+)
+@settings(max_examples=40, deadline=None)
+def test_what_is_rectified_is_what_the_router_does(
+    seed: int, shape: tuple[int, int, int], fill: int, factor: float
+) -> None:
+    """`moectl.routers.rectify` is written in torch, for training, and counts nothing; both follow the same rule."""
+    (experts, top_k, gpus), tokens = shape, 24
+    score_TE = torch.from_numpy(np.random.default_rng(seed).normal(size=(tokens, experts)) + np.arange(experts) / 2)
+    options = Rectify.Options(top_k=top_k, capacity_factor=factor, groups=gpus, fill=fill)
+    routed = Rectify(None, experts, options).route(score_TE, Context())
+    p_TE = score_TE.softmax(-1).numpy()
+    index_TK, room = np.argsort(-p_TE, axis=1)[:, :top_k], ceil(factor * top_k * tokens / experts)
+    got = rectify.rectified(index_TK, p_TE, np.zeros(tokens, np.int64), 1, room, gpus, fill)
+    assert int(got.dropped_D[0] - got.rescued_D[0]) == int(routed.dropped_TK.sum())
+    runs_TJ = routed.index_TK.numpy()
+    assert got.filled == (runs_TJ[:, top_k:] >= 0).sum()
+    there_TJ = runs_TJ >= 0
+    assert got.mass_after == pytest.approx(np.take_along_axis(p_TE, runs_TJ.clip(0), 1)[there_TJ].sum())

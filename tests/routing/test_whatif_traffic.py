@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_traces import random_trace, rows, trace, traces
+from small_traces import home_of, random_trace, rows, trace, traces
 
 from moectl.errors import InputError, UsageError
 from moectl.routing.whatif import all_to_all, coalescing
@@ -48,12 +48,15 @@ def test_traffic_is_what_sets_give(
     tmp_path_factory: pytest.TempPathFactory, traced: RoutingTrace, nodes: int, each: int, home: str, placed: bool
 ) -> None:
     gpus, experts = nodes * each, traced.layers[0].point.num_experts
-    gpu = [[expert * gpus // experts for expert in range(experts)] for _ in traced.layers]
+    gpu = [
+        [home_of(e, experts, gpus) if gpus <= experts else e * gpus // experts for e in range(experts)]
+        for _ in traced.layers
+    ]
     file = ""
     if placed:
         gpu = np.random.default_rng(0).integers(0, gpus, (len(traced.layers), experts)).tolist()
         path = tmp_path_factory.mktemp("placement") / "found.json"
-        path.write_text(json.dumps({"detail": {"expert_gpu": gpu}}))
+        path.write_text(json.dumps({"what_if": {"decoder": [{"detail": {}}, {"detail": {"expert_gpu": gpu}}]}}))
         file = str(path)
     options = all_to_all.Options(gpus, each, 1000, 1, home, file)
     found = all_to_all.run(traced, options)
@@ -87,8 +90,15 @@ def test_messages_between_nodes_are_fewer_and_larger() -> None:
     assert messages["flat bytes"] * 32 == pytest.approx(total) == pytest.approx(messages["hierarchical bytes"] * 2)
 
 
+def test_on_one_node_the_bytes_are_those_between_gpus() -> None:
+    found = all_to_all.run(random_trace(0, [50, 50], 8, 2), all_to_all.Options(8, 8, 1000, 1))
+    row = dict(zip(found.columns, found.rows[-1], strict=True))
+    assert f"takes {row['kB to other GPUs']:.1f} kB between GPUs" in found.headline and "node" not in found.headline
+    assert not any("0 messages" in text for text in found.assumptions)
+
+
 @pytest.mark.parametrize(
-    "content", ['{"detail": 3}', '{"expert_gpu": [[0, 0, 9]]}', '{"expert_gpu": [[0], [[1]]]}', "{}"]
+    "content", ["", "[3]", '{"detail": 3}', '{"expert_gpu": [[0, 0, 9]]}', '{"expert_gpu": [[0], [[1]]]}', "{}"]
 )
 def test_a_placement_of_something_else_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "placement.json"

@@ -116,3 +116,9 @@ def rows(traced: RoutingTrace, layer: int) -> Iterator[tuple[int, int, int, list
 def firsts(traced: RoutingTrace, layer: int) -> list[int]:
     """The first choice of every token, -1 where it was dropped."""
     return [int(row[0]) for row in traced.layers[layer].index_TK]
+
+
+def home_of(expert: int, experts: int, groups: int) -> int:
+    """Of neighbours together, the first groups one larger: the group that an expert is in."""
+    sizes = [experts // groups + (group < experts % groups) for group in range(groups)]
+    return next(group for group in range(groups) if expert < sum(sizes[: group + 1]))

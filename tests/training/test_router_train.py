@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError, UsageError
+from moectl.evaluation.generation import Settings, generate
 from moectl.integrations.routed.held import HeldRouter
 from moectl.integrations.routed.install import held
 from moectl.integrations.transformers import load
@@ -214,6 +215,8 @@ def test_mixture_of_depths_is_the_layer_on_the_chosen_tokens_alone(moe: Path, tm
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4, msg="in use no token knows of later ones")
     with pytest.raises(InputError, match="cache"):
         model(given, use_cache=True)
+    told = generate(Checkpoint.open(tmp_path / "routed"), "1 + 1", Settings(max_new_tokens=2), lambda _text: None)
+    assert told.new_tokens == 2
 
 
 def test_soft_moe_is_slots_through_experts_in_the_encoder_alone(tmp_path: Path, data: tuple[str, str]) -> None:
@@ -274,6 +277,7 @@ def test_losses_of_the_family_are_refused_beside_a_router(data: tuple[str, str])
     recipe.check()
     with pytest.raises(UsageError, match="--aux-loss"):
         replace(recipe, aux_loss=0.01).check()
+    replace(recipe, aux_loss=0.01, router="mod").check()  # whose MoE layers keep the family's
 
 
 def test_two_processes_train_a_router(moe: Path, data: tuple[str, str], tmp_path: Path) -> None:

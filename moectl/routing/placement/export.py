@@ -24,6 +24,22 @@ from moectl.text import escape
 ENGINES = ("sglang", "vllm", "vllm-ascend")
 
 
+def require_place(path: Path, engine: str, *, overwrite: bool = False) -> None:
+    """Check what can be checked of a placement before it is made.
+
+    Raises:
+        UsageError: there is no such engine, no such directory, or `path` exists or is named otherwise.
+    """
+    if engine not in ENGINES:
+        raise UsageError(f"There is no placement for {escape(engine)!r}.", "", f"Give one of {', '.join(ENGINES)}.")
+    if path.suffix != ".json":
+        raise UsageError(f"{escape(str(path))} is no .json file.", "Engines go by the name.", "End it in .json.")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{escape(str(path))} exists.", "", "Give another name, or --overwrite.")
+    if not path.parent.is_dir():
+        raise UsageError(f"{escape(str(path.parent))} is no directory.", "", "Make it, or give another name.")
+
+
 def export(
     slots: Sequence[Sequence[int]],
     gpus: int,
@@ -43,15 +59,10 @@ def export(
         engine: one of ENGINES.
 
     Raises:
-        UsageError: there is no such engine, `path` exists or is named otherwise.
+        UsageError: as `require_place`.
         InputError: layers differ in their experts, or GPUs in how many they have: engines have one shape for all.
     """
-    if engine not in ENGINES:
-        raise UsageError(f"There is no placement for {escape(engine)!r}.", "", f"Give one of {', '.join(ENGINES)}.")
-    if path.suffix != ".json":
-        raise UsageError(f"{escape(str(path))} is no .json file.", "Engines go by the name.", "End it in .json.")
-    if path.exists() and not overwrite:
-        raise UsageError(f"{escape(str(path))} exists.", "", "Give another name, or --overwrite.")
+    require_place(path, engine, overwrite=overwrite)
     if len({(len(row), max(row)) for row in slots}) != 1 or len(slots[0]) % gpus:
         raise InputError(
             f"The slots of the layers, {sorted({len(row) for row in slots})}, are not the same on {gpus} GPUs.",

@@ -57,15 +57,15 @@ def halves(tokens: Tokens) -> np.ndarray:
     return np.asarray(half_N[tokens.document_T])
 
 
-def require_tokens(trace: RoutingTrace, least: int = 2) -> None:
-    """Refuse a trace with too little in it.
+def require_tokens(trace: RoutingTrace, name: str, least: int = 2) -> None:
+    """Refuse a trace with too little in it for a what-if.
 
     Raises:
         InputError: it has fewer than `least` tokens, or no layers.
     """
     if len(trace) < least or not trace.layers:
         raise InputError(
-            f"The trace has {len(trace)} tokens at {len(trace.layers)} layers; this takes {least}.",
-            "There is nothing to fit and to judge.",
+            f"The trace has {len(trace)} tokens at {len(trace.layers)} layers.",
+            f"The what-if {name} takes {least} tokens at least.",
             "Capture more text: moectl analyze-routing MODEL --data FILE --trace DIR.",
         )

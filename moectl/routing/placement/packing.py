@@ -12,11 +12,12 @@ import heapq
 import numpy as np
 
 from moectl.routing.placement.placement import Placement
+from moectl.routing.whatif.asked import homes
 
 
 def contiguous(num_experts: int, gpus: int) -> Placement:
-    """Neighbours together, as engines place them unasked; the first GPUs have one more where it does not divide."""
-    return Placement(np.arange(num_experts), _even(num_experts, gpus), num_experts, gpus)
+    """Neighbours together, as `homes` has them."""
+    return Placement(np.arange(num_experts), homes(num_experts, gpus), num_experts, gpus)
 
 
 def repacked(load_E: np.ndarray, gpus: int) -> Placement:
@@ -44,15 +45,9 @@ def eplb(load_E: np.ndarray, slots: int, gpus: int, groups: int = 1, nodes: int 
     return Placement(np.concatenate(placed), gpu_S, experts, gpus)
 
 
-def _even(items: int, packs: int) -> np.ndarray:
-    """The pack of each item, neighbours together, sizes equal but for one [I]."""
-    sizes = np.full(packs, items // packs) + (np.arange(packs) < items % packs)
-    return np.repeat(np.arange(packs), sizes)
-
-
 def _packed(weight_I: np.ndarray, packs: int) -> list[list[int]]:
     """The items of each pack, in the order in which they went in; sizes equal but for one."""
-    room = np.bincount(_even(len(weight_I), packs), minlength=packs).tolist()
+    room = np.bincount(np.arange(len(weight_I)) % packs, minlength=packs).tolist()
     if max(room, default=0) == 1:  # EPLB leaves them where they are too
         return [[item] if item < len(weight_I) else [] for item in range(packs)]
     found: list[list[int]] = [[] for _ in range(packs)]

@@ -8,6 +8,7 @@ Legend: T tokens, K choices, E experts, G GPUs, N nodes, D domains, S sums.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from moectl.checkpoint.source import read_json
 from moectl.compiled import compiled
 from moectl.errors import InputError, UsageError
 from moectl.report.output import Cell
-from moectl.routing.whatif.asked import computing, homes, mean, require, with_mean
+from moectl.routing.whatif.asked import computing, homes, mean, require, require_numbers, with_mean
 from moectl.routing.whatif.chance import Shares, choices, groups_met, inside
 from moectl.routing.whatif.finding import Curve, Finding
 from moectl.text import escape, shown
@@ -39,7 +39,8 @@ class Options:
         bytes_per_value: 2 for bfloat16, 1 for float8.
         home: where a token is before it is sent: `document` (all of a document on one GPU, documents in turn) or
             `round-robin` (tokens in turn).
-        placement: a JSON file with the GPU of every expert of every layer, as `expert_gpu`; empty: neighbours together.
+        placement: a JSON file with the GPU of every expert of every layer, as `--what-if placement --json` writes it;
+            empty: neighbours together.
         batch_tokens: tokens of one exchange, of all GPUs together, for the sizes of messages.
     """
 
@@ -52,8 +53,7 @@ class Options:
     batch_tokens: int = 4096
 
     def __post_init__(self) -> None:
-        if min(self.gpus, self.gpus_per_node, self.hidden_size, self.bytes_per_value, self.batch_tokens) < 1:
-            raise UsageError("An exchange needs GPUs, nodes and bytes.", "", "Give numbers above 0.")
+        require_numbers(self)
         if self.gpus % self.gpus_per_node:
             raise UsageError(
                 f"{self.gpus} GPUs are no whole number of nodes of {self.gpus_per_node}.", "", "Give a multiple of it."
@@ -102,11 +102,18 @@ def run(trace: RoutingTrace, options: Options) -> Finding:
     domains = _domains(trace, np.array(sums_LDS))
     total = with_mean(rows)[-1]
     nodes_all = options.gpus // options.gpus_per_node
+    on_gpus = f"{total[3]:.2f} of {options.gpus} GPUs (random routing: {total[4]:.2f})"
     headline = (
-        f"A token's experts are on {total[1]:.2f} of {nodes_all} nodes (random routing: {total[2]:.2f}) and on "
-        f"{total[3]:.2f} of {options.gpus} GPUs ({total[4]:.2f}). Sent once per node, a token takes {total[5]:.1f} kB "
-        f"between nodes per layer and direction (random routing: {total[6]:.1f}), and {total[7]:.1f} kB with a copy "
-        f"per expert."
+        (
+            f"A token's experts are on {total[1]:.2f} of {nodes_all} nodes (random routing: {total[2]:.2f}) and on "
+            f"{on_gpus}. Sent once per node, a token takes {total[5]:.1f} kB between nodes per layer and direction "
+            f"(random routing: {total[6]:.1f}), and {total[7]:.1f} kB with a copy per expert."
+        )
+        if nodes_all > 1
+        else (
+            f"A token's experts are on {on_gpus}. Sent once per GPU, a token takes {total[8]:.1f} kB between GPUs per "
+            f"layer and direction, and {total[9]:.1f} kB with a copy per expert."
+        )
     )
     return Finding(
         "all-to-all",
@@ -168,9 +175,14 @@ def _placement(trace: RoutingTrace, options: Options) -> list[np.ndarray]:
     sizes = [computing(routed)[1] for routed in trace.layers]
     if not options.placement:
         return [homes(experts, options.gpus) for experts in sizes]
-    document = read_json(Path(options.placement))
-    detail = document.get("detail")
-    given = (detail if isinstance(detail, dict) else document).get("expert_gpu")
+    try:
+        given = _sought(json.loads(Path(options.placement).read_bytes()))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{escape(options.placement)} cannot be read: {escape(str(error))}.",
+            "It is to have the GPU of every expert of every layer.",
+            "Give what `--what-if placement --json` writes.",
+        ) from None
     try:
         placed = [np.array(row, np.int64) for row in given or ()]
     except (TypeError, ValueError, OverflowError):
@@ -180,9 +192,17 @@ def _placement(trace: RoutingTrace, options: Options) -> list[np.ndarray]:
         raise InputError(
             f"{escape(options.placement)} places no {len(sizes)} layers of {sizes[0]} experts on {options.gpus} GPUs.",
             "Its `expert_gpu` must be a list of layers, each a list with the GPU of every expert.",
-            "Give what the what-if `placement` found for the same trace and GPUs.",
+            "Give what `--what-if placement --json` writes for the same trace and GPUs.",
         )
     return placed
+
+
+def _sought(document: Any) -> Any:
+    """The first `expert_gpu` in a document, wherever it is."""
+    if isinstance(document, dict) and "expert_gpu" in document:
+        return document["expert_gpu"]
+    parts = document.values() if isinstance(document, dict) else document if isinstance(document, list) else ()
+    return next((found for part in parts if (found := _sought(part)) is not None), None)
 
 
 def _home(tokens: Tokens, options: Options) -> np.ndarray:
@@ -242,6 +262,12 @@ def _domains(trace: RoutingTrace, sums_LDS: np.ndarray) -> Mapping[str, Any]:
 def _assumptions(options: Options, messages: Mapping[str, float]) -> tuple[str, ...]:
     where = f"as in {escape(options.placement)}" if options.placement else "with neighbouring experts together"
     whose = "documents are dealt to the GPUs in turn" if options.home == "document" else "tokens are dealt in turn"
+    exchange = (
+        f"An exchange of {options.batch_tokens} tokens sends {messages['flat messages']:.0f} messages of "
+        f"{messages['flat bytes'] / 1e3:.1f} kB between nodes, or {messages['hierarchical messages']:.0f} of "
+        f"{messages['hierarchical bytes'] / 1e3:.1f} kB if those of all pairs of GPUs of two nodes go as one, a copy "
+        "per expert in both."
+    )
     return (
         f"{options.gpus} GPUs, {options.gpus_per_node} on a node, {where}; {whose}.",
         (
@@ -252,10 +278,5 @@ def _assumptions(options: Options, messages: Mapping[str, float]) -> tuple[str, 
             "Chance: every token draws its experts by a fair lot, sum over nodes of 1 - C(E - e, k) / C(E, k); 5.29 of "
             "8 nodes for 8 of 256 experts. DeepSeek-V3 allows 4 nodes (arXiv 2412.19437)."
         ),
-        (
-            f"An exchange of {options.batch_tokens} tokens sends {messages['flat messages']:.0f} messages of "
-            f"{messages['flat bytes'] / 1e3:.1f} kB between nodes, or {messages['hierarchical messages']:.0f} of "
-            f"{messages['hierarchical bytes'] / 1e3:.1f} kB if those of all pairs of GPUs of two nodes go as one, a "
-            "copy per expert in both."
-        ),
+        *[exchange] * bool(messages["flat messages"]),
     )

@@ -41,8 +41,12 @@ def require_numbers(options: Any, *may_be_zero: str) -> None:
         zero = field.name in (*may_be_zero, "seed")
         most = MOST_GPUS if field.name in ("gpus", "gpus_per_node", "nodes") else MOST
         if not (0 <= value <= most if zero else 0 < value <= most):
-            least = "from 0" if zero else "above 0 and"
-            raise UsageError(f"{field.name} cannot be {value}.", "", f"Give {field.name}= a number {least} to {most:,}.")
+            least = "from 0" if zero else "above 0 and up"
+            raise UsageError(
+                f"{field.name} cannot be {value}.",
+                "",
+                f"Give {field.name}={field.default}, say: a number {least} to {most:,}.",
+            )
 
 
 def require(trace: RoutingTrace, name: str, *needs: Need) -> None:
@@ -105,8 +109,14 @@ def chunks(routed: Routed) -> Iterator[tuple[slice, np.ndarray]]:
 
 
 def homes(experts: int, groups: int) -> np.ndarray:
-    """The group of each expert [E]: neighbours together, as even as they can be."""
-    return np.arange(experts) * groups // experts
+    """The group of each expert [E]: neighbours together, as engines place them unasked.
+
+    The first groups have one more where it does not divide (vLLM's `determine_expert_map`); where there are more groups
+    than experts, which engines refuse, experts are spread out.
+    """
+    if groups > experts:
+        return np.arange(experts) * groups // experts
+    return np.sort(np.arange(experts) % groups)
 
 
 def with_mean(rows: Sequence[tuple[Cell, ...]]) -> tuple[tuple[Cell, ...], ...]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from moectl.errors import UsageError
 from moectl.report.output import Cell
-from moectl.routing.whatif.asked import computing_experts, require
+from moectl.routing.whatif.asked import computing_experts, require, require_numbers
 from moectl.routing.whatif.eviction import BELADY, INFINITY, LFU, LRU, PROTECTED
 from moectl.routing.whatif.finding import Curve, Finding
 from moectl.routing.whatif.hit_rates import chance, found, requested, static_rate
@@ -56,11 +56,10 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for value, known in ((self.scope, SCOPES), (self.phase, PHASES)):
+        for name, value, known in (("scope", self.scope, SCOPES), ("phase", self.phase, PHASES)):
             if value not in known:
-                raise UsageError(f"There is no {shown(value)!r} here.", "", f"Give one of {', '.join(known)}.")
-        if min(self.expert_mb, self.gb_per_s, self.dense_ms) <= 0:
-            raise UsageError("Experts have a size, and all takes time.", "", "Give numbers above 0.")
+                raise UsageError(f"There is no {name} {shown(value)!r}.", "", f"Give one of {', '.join(known)}.")
+        require_numbers(self, "target")
 
 
 def run(trace: RoutingTrace, options: Options) -> Finding:
@@ -166,7 +165,7 @@ def _headline(
     return (
         f"With {size} of {len(rate_C[LRU]) - 1} experts of a layer held, LRU finds {lru:.1%} of the requests. Random "
         f"routing would find {null:.1%}, so {100 * (lru - null):+.1f} points are locality; with the future known "
-        f"(Belady) it were {bound:.1%}. LRU reaches {target:.0%} {enough}."
+        f"(Belady) it would be {bound:.1%}. LRU reaches {target:.0%} {enough}."
     )
 
 
@@ -206,9 +205,10 @@ def _assumptions(options: Options, domains: int) -> tuple[str, ...]:
         "The experts of a step are asked for at once, and hits are counted before any comes in. Nothing is prefetched.",
         f"The first document finds the caches empty; every other {left}.",
         f"Tokens/s is a ceiling: {options.dense_ms:g} ms, and after it {miss}.",
-        "Random routing finds C/E under every policy that knows the past alone.",
+        "Random routing finds C/E in a full cache, under every policy that knows the past alone.",
         "Under Belady, in a cache over all layers and in caches that start empty random routing is simulated.",
-        "static holds the busiest experts of one half of the documents and is judged on the other.",
+        "static holds the busiest experts of one half of the documents and is judged on the other. It takes nothing in, "
+        "so a small one may find more than any cache that fetches on demand, Belady's too.",
         "MoE-Infinity holds what the document asked for most (arXiv 2401.14361).",
         "MoE-Infinity's released engine goes by visits since loading instead.",
         "Belady bounds what is fetched on demand; routing that looks at the cache finds more (arXiv 2412.00099).",

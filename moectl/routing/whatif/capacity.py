@@ -23,7 +23,7 @@ from moectl.traces.trace import RoutingTrace
 
 FACTORS = (0.5, 0.75, 1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 FEW = 0.01
-"""Of drops; Switch Transformers (arXiv 2101.03961) has under 1 % when well balanced (from memory)."""
+"""Of drops; Switch Transformers (arXiv 2101.03961) has under 1% when well balanced (from memory)."""
 
 
 def run(trace: RoutingTrace, options: Options) -> Finding:
@@ -56,7 +56,7 @@ def run(trace: RoutingTrace, options: Options) -> Finding:
         tenths.append(_shares(lost_T, wanted_T, tenth_T, 10))
         domains.append(_shares(lost_T, wanted_T, trace.tokens.domain_T, len(trace.tokens.domains)))
     unit = "factor" if options.convention != "hf-switch" else "places"
-    columns = ("layer", "dropped", "by chance", "tokens left out", "weight lost", "padding", f"{unit} for under 1 %")
+    columns = ("layer", "dropped", "by chance", "tokens left out", "weight lost", "padding", f"{unit} for under 1%")
     by_domain = {
         name: mean(column) for name, column in zip(trace.tokens.domains, zip(*domains, strict=True), strict=True)
     }
@@ -99,7 +99,7 @@ def _chance(queue: Queued, of: Groups, options: Options, at: float) -> float:
 
 
 def _enough(queue: Queued, of: Groups, options: Options) -> float:
-    """The smallest factor, to hundredths, or number of places, with under 1 % dropped."""
+    """The smallest factor, to hundredths, or number of places, with under 1% dropped."""
     step = 1 if options.convention == "hf-switch" else 100
 
     def too_few(steps: int) -> bool:
@@ -158,7 +158,7 @@ def _headline(rows: list[tuple[Cell, ...]], by_domain: Mapping[str, float | None
     what = f"a capacity factor of {options.factor:g}" if unit == "factor" else f"{options.expert_capacity} places"
     text = (
         f"At {what} ({options.convention}), {np.mean(column[1]):.1%} of the assignments are dropped (random routing: "
-        f"{np.mean(column[2]):.1%}), and {np.mean(column[3]):.1%} of the tokens lose every expert. Under 1 % "
+        f"{np.mean(column[2]):.1%}), and {np.mean(column[3]):.1%} of the tokens lose every expert. Under 1% "
         f"in every layer takes {max(column[6]):g}{' times an even share' if unit == 'factor' else ' places'}"
     )
     there = {name: share for name, share in by_domain.items() if share is not None}
@@ -171,13 +171,13 @@ def _headline(rows: list[tuple[Cell, ...]], by_domain: Mapping[str, float | None
 
 def _assumptions(trace: RoutingTrace, options: Options, unit: str) -> tuple[str, ...]:
     whose = {
-        "batch": f"{options.batch_tokens} tokens in the order of the trace share the places",
-        "rank": f"each of {options.gpus} ranks has its part of {options.batch_tokens} tokens and its own places",
-        "sequence": "the tokens of a document, read at once, share the places",
+        "batch": f"{options.batch_tokens} tokens in the order of the trace share the places.",
+        "rank": f"Each of {options.gpus} ranks has its part of {options.batch_tokens} tokens and its own places.",
+        "sequence": "The tokens of a document, read at once, share the places.",
     }["sequence" if unit == "places" else options.group]
     said = [
         f"{options.convention}: {CONVENTIONS[options.convention]}.",
-        f"Of the tokens {whose}.",
+        whose,
         "Chance: every token draws its experts by a fair lot (closed form), in the same groups.",
         "The layers after a drop would have seen other hidden states, and might have chosen otherwise.",
     ]

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from moectl.compiled import compiled
-from moectl.errors import UsageError
 from moectl.report.output import Cell
-from moectl.routing.whatif.asked import computing, mean, require, with_mean
+from moectl.routing.whatif.asked import computing, mean, require, require_numbers, with_mean
 from moectl.routing.whatif.finding import Curve, Finding
 from moectl.traces.trace import DECODE, Routed, RoutingTrace, Tokens
 
@@ -37,8 +36,7 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.batch, self.draft) < 1 or self.expert_mb <= 0:
-            raise UsageError("A step needs tokens, and an expert has bytes.", "", "Give numbers above 0.")
+        require_numbers(self)
 
 
 def together(tokens: Tokens, at_X: np.ndarray, batch: int, seed: int) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 from moectl.errors import InputError, UsageError
 from moectl.routers.capacity import Convention
 from moectl.routers.capacity import capacity as places_of
-from moectl.routing.whatif.asked import chunks, computing, homes, weights
+from moectl.routing.whatif.asked import chunks, computing, homes, require_numbers, weights
 from moectl.routing.whatif.queues import Groups, by_rank, by_weight, places
 from moectl.text import shown
 from moectl.traces.trace import NO_EXPERT, Routed
@@ -61,8 +61,7 @@ class Options:
         ):
             if value not in known:
                 raise UsageError(f"There is no {name} {shown(value)!r}.", "", f"Give one of {', '.join(known)}.")
-        if min(self.factor, self.expert_capacity, self.batch_tokens, self.gpus) <= 0:
-            raise UsageError("A capacity of nothing drops everything.", "", "Give numbers above 0.")
+        require_numbers(self)
 
     @property
     def asked(self) -> float:

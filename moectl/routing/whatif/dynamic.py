@@ -28,7 +28,7 @@ from moectl.routing.placement.adapting import (
 from moectl.routing.placement.loads import batch_loads, require_tokens
 from moectl.routing.placement.packing import contiguous, eplb
 from moectl.routing.placement.placement import Placement, fair_loads, gpu_loads, imbalance
-from moectl.routing.whatif.asked import computing_experts
+from moectl.routing.whatif.asked import computing_experts, require_numbers
 from moectl.routing.whatif.finding import Curve, Finding
 from moectl.traces.trace import RoutingTrace
 
@@ -80,6 +80,11 @@ class Options:
     training: bool = True
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        require_numbers(self, "replicas", "threshold", "patience")
+        if self.path > 2:
+            raise UsageError(f"path cannot be {self.path}.", "", "Give path=1, or 2.")
+
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
@@ -102,13 +107,9 @@ def run(trace: RoutingTrace, options: Options) -> Finding:
     """Imbalance, experts moved and modelled time of every policy.
 
     Raises:
-        UsageError: an option makes no sense.
         InputError: the trace has fewer than eight tokens.
     """
-    positive = (options.gpus, options.batch_tokens, options.hidden_size, options.intermediate_size, options.value_bytes)
-    if min(*positive, options.tflops, options.gb_per_s) <= 0 or options.replicas < 0 or options.path not in (1, 2):
-        raise UsageError("Experts cannot be moved so.", "", "Give sizes and rates above 0, and a path of 1 or 2.")
-    require_tokens(trace, LEAST_TOKENS)
+    require_tokens(trace, "dynamic", LEAST_TOKENS)
     size = min(options.batch_tokens, len(trace) // LEAST_TOKENS)
     cost = cost_model(
         options.hidden_size,

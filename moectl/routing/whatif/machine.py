@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from math import inf
 
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import UsageError
 from moectl.families.components import component, within
+from moectl.routing.whatif.asked import MOST_GPUS
 from moectl.text import shown
 
 _LINK = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([MGT])(i?)(B|b|bit)\s*(?:/s|ps)\s*")
@@ -34,12 +36,24 @@ class Machine:
     reserved: float = 0.3
 
     def __post_init__(self) -> None:
-        rates = (self.gpu_memory_gb, self.link_gb_per_s, self.host_gb_per_s)
-        if min(self.gpus, self.nodes) < 1 or self.gpus % self.nodes or min(rates) <= 0 or not 0 <= self.reserved < 1:
+        if not 1 <= self.nodes <= self.gpus <= MOST_GPUS or self.gpus % self.nodes:
             raise UsageError(
                 f"{self.gpus} GPUs on {self.nodes} nodes are no machine that there is.",
                 "",
-                "Give GPUs that divide by the nodes, memory and rates above 0, and a reserve from 0 to below 1.",
+                f"Give --gpus and --nodes so that every node has as many GPUs, {MOST_GPUS:,} in all at most.",
+            )
+        if not all(0 < each < inf for each in (self.gpu_memory_gb, self.link_gb_per_s, self.host_gb_per_s)):
+            raise UsageError(
+                f"GPUs with {self.gpu_memory_gb:g} GB and a link of {self.link_gb_per_s:g} GB/s are no machine that "
+                "there is.",
+                "",
+                "Give --gpu-memory and --link above 0, as --gpu-memory 80 --link 50GB/s.",
+            )
+        if not 0 <= self.reserved < 1:
+            raise UsageError(
+                f"A machine that keeps {self.reserved:g} of its memory is no machine for a model.",
+                "",
+                "Reserve from 0 to below 1.",
             )
 
 
@@ -71,9 +85,13 @@ def parse_link(text: str) -> float:
     return float(match[1]) * unit / (1 if match[4] == "B" else 8) / 1e9
 
 
-def facts(checkpoint: Checkpoint) -> Model:
-    """What a checkpoint's headers and config say, of the weights as they are on disk."""
+def facts(checkpoint: Checkpoint, part: float = 1.0) -> Model:
+    """What a checkpoint's headers and config say, of the weights as they are on disk.
+
+    Args:
+        part: of the experts, how many are asked about, as those of an encoder alone.
+    """
     experts = sum(ref.nbytes for name, ref in checkpoint.tensors.items() if component(name) == "experts")
     sizes = [place[name] for place in within(checkpoint.config) for name in ("hidden_size", "d_model") if name in place]
     hidden = next((size for size in sizes if type(size) is int and size > 0), None)
-    return Model(experts / 1e9, (checkpoint.nbytes - experts) / 1e9, hidden)
+    return Model(part * experts / 1e9, (checkpoint.nbytes - experts) / 1e9, hidden)

@@ -12,7 +12,7 @@ import numpy as np
 
 from moectl.errors import InputError, UsageError
 from moectl.routing.placement.loads import halves
-from moectl.routing.whatif.asked import computing, computing_experts, require
+from moectl.routing.whatif.asked import computing, computing_experts, require, require_numbers
 from moectl.routing.whatif.chance import choices
 from moectl.routing.whatif.eviction import BELADY, LRU, Requests, hits
 from moectl.routing.whatif.finding import Curve, Finding
@@ -32,7 +32,7 @@ class Options:
 
     Attributes:
         batch: tokens that go through a layer together, for the buffer and beside 1, 4, 16 to 1024 for the costs.
-        resident: experts of each layer that are on the GPU, on average; the busiest of all layers.
+        resident: share of the experts that are on the GPU, the busiest of all layers; a buffer holds as many of each.
         cpu_us_per_token: microseconds that the CPU takes for a token at an expert.
         expert_mb: megabytes of an expert's weights.
         gb_per_s: at which they are fetched.
@@ -40,16 +40,17 @@ class Options:
     """
 
     batch: int = 32
-    resident: int = 8
+    resident: float = 0.25
     cpu_us_per_token: float = 250.0
     expert_mb: float = 12.6
     gb_per_s: float = 25.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or self.resident < 0 or min(self.cpu_us_per_token, self.expert_mb, self.gb_per_s) <= 0:
+        require_numbers(self, "resident")
+        if self.resident > 1:
             raise UsageError(
-                "Batches have tokens, and all takes time.", "", "Give numbers above 0; 0 or more resident experts."
+                f"resident cannot be {self.resident:g}: that is more than all experts.", "", "Give 0 to 1."
             )
 
 
@@ -72,16 +73,16 @@ def run(trace: RoutingTrace, options: Options) -> Finding:
     copy_us = 1e3 * options.expert_mb / options.gb_per_s
     sizes = sorted({*BATCHES, options.batch})
     rows = [_row(trace, pinned, size, options.cpu_us_per_token, copy_us) for size in sizes]
-    changes = next((size for size, row in zip(sizes, rows, strict=True) if row[3] <= row[4]), None)
+    changes = next((size for size, row in zip(sizes, rows, strict=True) if 0 < row[4] >= row[3]), None)
     random = _random_change(trace, options.cpu_us_per_token, copy_us)
-    least = max(1, min(options.resident, *map(computing_experts, trace.layers)))
+    least = max(1, round(options.resident * min(map(computing_experts, trace.layers))))
     buffers, held = _buffers(trace, options, least)
     at = held.index(least)
     buffer = {name: rates[at] for name, rates in buffers.items()}
     per_expert = copy_us / options.cpu_us_per_token
     return Finding(
         "offload",
-        _headline(rows[sizes.index(options.batch)], per_expert, (changes, random), buffer, least),
+        _headline(rows[sizes.index(options.batch)], per_expert, (changes, _reached(sizes, random)), buffer, least),
         (
             "batch",
             "experts/layer",
@@ -123,7 +124,7 @@ def _headline(
     held: int,
 ) -> str:
     batch, _, _, fetched, cpu, split, _, _ = row
-    wins, random = ("at no batch" if size is None else f"from {size} tokens on" for size in changes)
+    wins, random = ("at none of the batches" if size is None else f"from batches of {size} on" for size in changes)
     return (
         f"To fetch an expert takes as long as {per_expert:.3g} of its tokens on the CPU. To fetch all that are missing "
         f"beats the CPU {wins} (random routing: {random}). In batches of {batch} a token waits {fetched:.3g} ms so, "
@@ -133,8 +134,13 @@ def _headline(
     )
 
 
-def _pinned(trace: RoutingTrace, fit_T: np.ndarray, resident: int) -> list[np.ndarray]:
-    """Which experts of each layer are on the GPU: the busiest of all layers, so many for each on average."""
+def _reached(sizes: Sequence[int], least: int | None) -> int | None:
+    """The first of the sizes that is large enough, as a trace is asked about these alone."""
+    return None if least is None else next((size for size in sizes if size >= least), None)
+
+
+def _pinned(trace: RoutingTrace, fit_T: np.ndarray, resident: float) -> list[np.ndarray]:
+    """Which experts of each layer are on the GPU: the busiest of all layers."""
     counts = []
     for routed in trace.layers:
         key_TK, experts = computing(routed)
@@ -142,7 +148,7 @@ def _pinned(trace: RoutingTrace, fit_T: np.ndarray, resident: int) -> list[np.nd
         counts.append(np.bincount(fitted[fitted >= 0], minlength=experts))
     every = np.concatenate(counts)
     on_gpu = np.zeros(len(every), bool)
-    on_gpu[np.argsort(-every, kind="stable")[: resident * len(counts)]] = True
+    on_gpu[np.argsort(-every, kind="stable")[: round(resident * len(every))]] = True
     return np.split(on_gpu, np.cumsum([len(each) for each in counts])[:-1])
 
 

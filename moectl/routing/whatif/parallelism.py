@@ -11,12 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moectl.errors import UsageError
 from moectl.report.output import Cell
 from moectl.routing.placement.loads import batch_loads, require_tokens
 from moectl.routing.placement.mixes import Machine, Mix, busiest, held_bytes, mixes, seconds
 from moectl.routing.placement.placement import fair_loads
-from moectl.routing.whatif.asked import computing_experts
+from moectl.routing.whatif.asked import computing_experts, require_numbers
 from moectl.routing.whatif.finding import Curve, Finding
 from moectl.traces.trace import RoutingTrace
 
@@ -56,6 +55,9 @@ class Options:
     training: bool = True
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        require_numbers(self)
+
 
 @dataclass(frozen=True, slots=True)
 class _Timed:
@@ -73,13 +75,9 @@ def run(trace: RoutingTrace, options: Options) -> Finding:
     """The modelled time of each mix, and the fastest that fits.
 
     Raises:
-        UsageError: an option makes no sense.
         InputError: the trace has fewer tokens than there are GPUs.
     """
-    sizes = (options.gpus, options.batch_tokens, options.hidden_size, options.intermediate_size, options.value_bytes)
-    if min(*sizes, options.tflops, options.gb_per_s, options.memory_gb_per_s, options.memory_gb) <= 0:
-        raise UsageError("No machine is like that.", "", "Give sizes and rates above 0.")
-    require_tokens(trace, options.gpus)
+    require_tokens(trace, f"parallelism with gpus={options.gpus}", options.gpus)
     machine = Machine(
         options.hidden_size,
         options.intermediate_size,

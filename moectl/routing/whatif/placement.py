@@ -17,7 +17,7 @@ from moectl.routing.placement import export
 from moectl.routing.placement.loads import halves, part_loads, require_tokens
 from moectl.routing.placement.packing import contiguous, eplb, repacked
 from moectl.routing.placement.placement import Placement, fair_loads, gpu_loads, imbalance, least_imbalance
-from moectl.routing.whatif.asked import with_mean
+from moectl.routing.whatif.asked import require_numbers, with_mean
 from moectl.routing.whatif.finding import Curve, Finding
 from moectl.text import shown
 from moectl.traces.trace import Point, RoutingTrace
@@ -52,6 +52,9 @@ class Options:
     domain: str = ""
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        require_numbers(self, "replicas")
+
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
@@ -65,16 +68,10 @@ def run(trace: RoutingTrace, options: Options) -> Finding:
     """The largest load of a GPU over the mean, for each layer and placement.
 
     Raises:
-        UsageError: an option makes no sense, or there is no such domain.
+        UsageError: there is no such domain.
         InputError: the trace has no tokens.
     """
-    if options.gpus < 1 or options.replicas < 0 or options.nodes < 1 or options.groups < 1:
-        raise UsageError(
-            "Experts cannot be placed so.",
-            "",
-            "Give gpus, nodes and groups of 1 or more, and replicas of 0 or more.",
-        )
-    require_tokens(trace)
+    require_tokens(trace, "placement")
     layers = _layers(trace, options)
     generator = np.random.default_rng(options.seed)
     rows: list[tuple[Cell, ...]] = []

@@ -11,10 +11,10 @@ from itertools import pairwise
 
 import numpy as np
 
-from moectl.errors import InputError, UsageError
+from moectl.errors import InputError
 from moectl.report.output import Cell
 from moectl.routing.placement.loads import halves
-from moectl.routing.whatif.asked import computing, computing_experts, require, with_mean
+from moectl.routing.whatif.asked import computing, computing_experts, require, require_numbers, with_mean
 from moectl.routing.whatif.finding import Curve, Finding
 from moectl.routing.whatif.guessing import lengths, markov, nearest, order, popular
 from moectl.traces.trace import NO_EXPERT, RoutingTrace
@@ -37,8 +37,7 @@ class Options:
     matrices: int = 64
 
     def __post_init__(self) -> None:
-        if self.fetched < 0 or self.matrices < 1:
-            raise UsageError("Nothing can be guessed so.", "", "Fetch 0 or more experts, and store 1 matrix or more.")
+        require_numbers(self, "fetched", "target")
 
 
 def run(trace: RoutingTrace, options: Options) -> Finding:
@@ -152,7 +151,7 @@ def _stacked(trace: RoutingTrace, at: slice) -> np.ndarray:
 def _matrices(trace: RoutingTrace, fit_T: np.ndarray, matrices: int, experts: int) -> np.ndarray:
     """What documents, evenly spaced over those that are counted on, took of each layer [L, E, M], float32."""
     documents = _documents(trace.tokens.document_T, fit_T)
-    chosen = np.unique(np.linspace(0, len(documents) - 1, matrices).round().astype(int))
+    chosen = np.unique(np.linspace(0, len(documents) - 1, min(matrices, len(documents))).round().astype(int))
     count_LEM = np.zeros((len(trace.layers), experts, len(chosen)), np.float32)
     for at, number in enumerate(chosen):
         for layer, index_TK in enumerate(_stacked(trace, slice(*documents[number]))):
@@ -175,10 +174,11 @@ def _needed(recall_C: np.ndarray, target: float) -> int | None:
 
 def _headline(mean: tuple[Cell, ...], needed: Mapping[str, int | None], target: float) -> str:
     _, fetched, chance, popularity, chained, near = mean
+    least = needed[MARKOV]
     return (
         f"Fetching {fetched:g} experts ahead of a layer gets {chained:.1%} of those it will take, by P(next | this); "
         f"popularity gets {popularity:.1%}, MoE-Infinity's nearest matrix {near:.1%}, random ones {chance:.1%}. "
-        f"{target:.0%} takes {needed[MARKOV]} of them."
+        f"{'No number gets' if least is None else f'It takes {least} to get'} {target:.0%}."
     )
 
 

@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moectl.errors import UsageError
 from moectl.report.output import Cell
 from moectl.routers.capacity import capacity as places_of
-from moectl.routing.whatif.asked import computing, homes, require, with_mean
+from moectl.routing.whatif.asked import computing, homes, require, require_numbers, with_mean
 from moectl.routing.whatif.finding import Curve, Finding
 from moectl.routing.whatif.queues import Groups, by_rank, places
 from moectl.traces.statistics import probabilities
@@ -50,8 +49,7 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.factor, self.batch_tokens, self.gpus) <= 0 or self.fill < 0:
-            raise UsageError("Rectifying needs places, tokens and GPUs.", "", "Give numbers above 0.")
+        require_numbers(self, "fill")
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +171,8 @@ def run(trace: RoutingTrace, options: Options) -> Finding:
     headline = (
         f"At a capacity factor of {options.factor:g}, {total[1]:.1%} of the assignments are dropped; Rectify-Router "
         f"leaves {total[2]:.1%} (random routing: {total[3]:.1%} and {total[4]:.1%}), for {total[7]:.1%} more rows than "
-        f"there are places. It fills padding from {total[5]:.1%} down to {total[6]:.1%}, and what the router's scores "
-        f"say of the experts that run rises from {total[8]:.1%} to {total[9]:.1%} of what the model's choices have."
+        f"there are places. It fills padding from {total[5]:.1%} down to {total[6]:.1%}, and the experts that run have "
+        f"{total[9]:.1%} of the scores of the model's choices in place of {total[8]:.1%}."
     )
     return Finding(
         "rectify",
@@ -189,7 +187,7 @@ def run(trace: RoutingTrace, options: Options) -> Finding:
             ),
             "Chance: the scores of the first tokens, dealt to the experts at random token by token, with a seed.",
             (
-                "The paper reports 4.7 % better accuracy than the plain top-1 router (abstract of arXiv 2402.12399); a "
+                "The paper reports 4.7% better accuracy than the plain top-1 router (abstract of arXiv 2402.12399); a "
                 "trace says nothing of accuracy."
             ),
         ),

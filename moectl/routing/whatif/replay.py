@@ -19,7 +19,7 @@ from moectl.errors import UsageError
 from moectl.report.output import Cell
 from moectl.routers.protocol import NO_EXPERT, Context, Routing, counts
 from moectl.routers.spelling import Named
-from moectl.routing.whatif.asked import mean, require
+from moectl.routing.whatif.asked import mean, require, require_numbers
 from moectl.routing.whatif.finding import Curve, Finding
 from moectl.spelling import filled
 from moectl.traces.trace import Routed, RoutingTrace, Tokens
@@ -49,6 +49,9 @@ class Settings:
 
     training: bool = False
     batch_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        require_numbers(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,8 +193,6 @@ def _made(named: Named, routed: Routed, tokens: Tokens) -> Any:
     try:
         return kind(None, experts, named.options(**defaults)).eval()
     except ValueError as error:
-        if isinstance(error, UsageError):
-            raise
         raise UsageError(
             f"The router {named.text} cannot be replayed on {experts} experts.", str(error), "Change its options."
         ) from error
@@ -275,10 +276,17 @@ def _headline(rows: Sequence[tuple[Cell, ...]]) -> str:
         value = row[COLUMNS.index(column)]
         return float(value) if isinstance(value, int | float) else 0.0
 
+    if len(others) == 1:
+        only = others[0]
+        return (
+            f"Under {only[0]} the busiest expert gets {number(only, 'max vio'):.0%} more than its share, under the "
+            f"model's own router {number(own, 'max vio'):.0%}. It makes {number(only, 'overlap'):.0%} of the model's "
+            f"choices, {number(only, 'overlap by chance'):.0%} by chance."
+        )
     even = min(others, key=lambda row: number(row, "max vio"))
     near = max(others, key=lambda row: number(row, "overlap") - number(row, "overlap by chance"))
     return (
-        f"{even[0]} loads the experts most evenly: the busiest gets {number(even, 'max vio'):.0%} more than its share, "
-        f"under the model's own router {number(own, 'max vio'):.0%}. {near[0]} is nearest to what the model did: "
-        f"{number(near, 'overlap'):.0%} of its choices, {number(near, 'overlap by chance'):.0%} by chance."
+        f"Of these, {even[0]} loads the experts most evenly: the busiest gets {number(even, 'max vio'):.0%} more than "
+        f"its share, under the model's own router {number(own, 'max vio'):.0%}. {near[0]} is nearest to what the model "
+        f"did: {number(near, 'overlap'):.0%} of its choices, {number(near, 'overlap by chance'):.0%} by chance."
     )
