@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from measured import page as measured
-from trained import FOUND
 from trained import page as trained
 from typer.main import get_command
 
@@ -250,8 +249,7 @@ def main() -> int:
     stale = []
     pages = {"cli.md": cli(), "families.md": families(), "routing.md": routing(), "btx.md": story()}
     pages |= {"compress-measured.md": measured(), "router-list.md": routers(), "what-if.md": what_if()}
-    if FOUND.exists():
-        pages["routers-measured.md"] = trained()
+    pages["routers-measured.md"] = trained()
     for name, text in pages.items():
         path = HERE / name
         if check and (not path.exists() or path.read_text() != text):

@@ -8,7 +8,6 @@ from typing import Any
 
 from measured import RESULTS, table
 
-FOUND = RESULTS / "routers-training.json"
 HEAD = """\
 # Routers in training, measured small
 
@@ -25,7 +24,7 @@ something of what it predicts."""
 
 def page() -> str:
     """The whole page."""
-    found: dict[str, Any] = json.loads(FOUND.read_text())
+    found: dict[str, Any] = json.loads((RESULTS / "routers-training.json").read_text())
     head = HEAD.format(**found, seeds=len(found["rows"][0]["runs"]))
     return "\n\n".join([head, *_tables(found["rows"])]) + "\n"
 

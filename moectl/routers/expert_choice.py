@@ -35,6 +35,11 @@ class ExpertChoice(Router):
 
     Options = ExpertChoiceOptions
 
+    def __init__(self, hidden_size: int | None, num_experts: int, options: ExpertChoiceOptions | None = None) -> None:
+        super().__init__(hidden_size, num_experts, options)
+        if not self.options.capacity_factor:
+            raise ValueError("capacity_factor is 0, and experts would take no tokens")
+
     def route(self, scores_TE: Tensor, context: Context) -> Routing:
         """The choice; there is no loss, since loads are equal."""
         share_TE = wide(scores_TE).softmax(-1)

@@ -112,6 +112,8 @@ class Router(nn.Module):
         self.options: Any = self.Options() if options is None else options
         if not 1 <= self.options.top_k <= num_experts:
             raise ValueError(f"top_k is {self.options.top_k}, of {num_experts} experts")
+        if (factor := getattr(self.options, "capacity_factor", 0)) < 0:
+            raise ValueError(f"capacity_factor is {factor}, and 0 is no limit")
         if hidden_size is not None:
             self.make_gate(hidden_size)
 

@@ -44,3 +44,10 @@ def test_options_are_read_as_their_defaults_are():
 def test_what_makes_no_sense_is_refused(text):
     with pytest.raises(UsageError):
         [each.options() for each in parse(text)]
+
+
+@pytest.mark.parametrize("text", ["switch:cf=-1", "gshard:cf=-0.5", "expert-choice:cf=0", "mixtral:k=9", "mixtral:k=0"])
+def test_options_that_would_route_nobody_are_refused(text):
+    (named,) = parse(text)
+    with pytest.raises(ValueError, match=r"capacity_factor|top_k"):
+        named.entry.load()(None, 8, named.options())

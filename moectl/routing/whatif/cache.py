@@ -207,8 +207,8 @@ def _assumptions(options: Options, domains: int) -> tuple[str, ...]:
         f"Tokens/s is a ceiling: {options.dense_ms:g} ms, and after it {miss}.",
         "Random routing finds C/E in a full cache, under every policy that knows the past alone.",
         "Under Belady, in a cache over all layers and in caches that start empty random routing is simulated.",
-        "static holds the busiest experts of one half of the documents and is judged on the other. It takes nothing in, "
-        "so a small one may find more than any cache that fetches on demand, Belady's too.",
+        "static holds the busiest experts of one half of the documents and is judged on the other.",
+        "It takes nothing in, so a small one may find more than a cache that fetches on demand, even Belady's.",
         "MoE-Infinity holds what the document asked for most (arXiv 2401.14361).",
         "MoE-Infinity's released engine goes by visits since loading instead.",
         "Belady bounds what is fetched on demand; routing that looks at the cache finds more (arXiv 2412.00099).",
