@@ -99,9 +99,9 @@ def train(
 
     from moectl.report import output
     from moectl.training.adapters import Adapter, open_source
+    from moectl.training.checks import check
     from moectl.training.preview import preview
     from moectl.training.recipe import TrainRecipe
-    from moectl.training.run import check
     from moectl.training.world import joined
 
     recipe = TrainRecipe(

@@ -34,6 +34,8 @@ _TOP_K = (
     "num_selected_experts",
 )
 _FIXED_TOP_K = {"nllb-moe": 2, "switch_transformers": 1}
+_BESIDE = ("mod", "soft-moe")
+"""Routers beside which those of the family stay."""
 
 
 def component(name: str) -> str:
@@ -44,6 +46,10 @@ def component(name: str) -> str:
 def experts_and_top_k(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
     """The number of routed experts and of those active per token, wherever the config keeps them; None if nowhere."""
     places = within(config)
+    router = config.get("router")  # of a research checkpoint
+    if isinstance(router, Mapping) and router.get("name") not in _BESIDE:
+        options = router.get("options")
+        places = [{_TOP_K[0]: options.get("top_k") if isinstance(options, Mapping) else None}, *places]
 
     def first(names: tuple[str, ...]) -> int | None:
         values = (place.get(name) for place in places for name in names)

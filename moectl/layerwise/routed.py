@@ -108,6 +108,20 @@ def plan_of(source: Checkpoint) -> Plan:
     return Plan((source,), tensors, {"method": "copy"}, source.config, facts=facts)
 
 
+def check_unrouted(config: Mapping[str, Any]) -> None:
+    """Refuse another router for a research checkpoint.
+
+    Raises:
+        UsageError: the config is of one.
+    """
+    if config.get("model_type") == ROUTED:
+        raise UsageError(
+            f"The model is routed by {config['router']['name']} already.",
+            "What a second router should take over from it is not known.",
+            "Train it as it is, without --router, or give the checkpoint it was made from.",
+        )
+
+
 def routed_plan(plan: Plan, text: str, place: Path, seed: int = 0) -> Plan:
     """The plan with another router, whose parameters are written to `place`/routers.safetensors and copied from there.
 
@@ -117,13 +131,7 @@ def routed_plan(plan: Plan, text: str, place: Path, seed: int = 0) -> Plan:
         InputError: the model has no MoE layers, or their routers cannot be replaced.
         UsageError: as `router_of`, or the model is a research checkpoint already.
     """
-    if plan.config["model_type"] == ROUTED:
-        name = plan.config["router"]["name"]
-        raise UsageError(
-            f"The model is routed by {name} already.",
-            "What a second router should take over from it is not known.",
-            "Train it as it is, without --router, or give the checkpoint it was made from.",
-        )
+    check_unrouted(plan.config)
     config = CONFIG_MAPPING[plan.config["model_type"]].from_dict(dict(plan.config))
     router = router_of(text, config)
     base, routed = _on_meta(config), _on_meta(config)

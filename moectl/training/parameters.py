@@ -94,7 +94,9 @@ def select(
     if not trained:
         raise InputError(
             f"--only {only} leaves nothing to train in this model.",
-            "It has no experts, or they are frozen." if blocks else "It is dense: it has neither router nor experts.",
+            "What is named has no parameters in it, or is frozen."
+            if blocks
+            else "It is dense: it has neither router nor experts.",
             "Train all of it, or give a Mixture-of-Experts.",
         )
     return trained

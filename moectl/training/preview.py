@@ -15,15 +15,18 @@ from moectl.checkpoint.journal import partial_of
 from moectl.checkpoint.provenance import fingerprint_of
 from moectl.checkpoint.publish import check_apart, exists_error, is_occupied
 from moectl.data.documents import read_documents
-from moectl.layerwise.skeleton import build
+from moectl.integrations.routed.install import install
+from moectl.layerwise.routed import router_of
+from moectl.layerwise.skeleton import build, read_config
 from moectl.training import parameters
 from moectl.training.adapters import Adapter, Source, attach, learning, sources_of
 from moectl.training.checkpoints import Checkpoints
 from moectl.training.hold import is_own
-from moectl.training.model import check_trainable, load_encoding
+from moectl.training.model import check_trainable, load_encoding, load_spans
 from moectl.training.pesc import pesc_blocks
 from moectl.training.recipe import TrainRecipe
 from moectl.training.routers import moe_blocks
+from moectl.training.routing import routed_blocks
 from moectl.training.world import World
 
 FLOAT = 4
@@ -66,7 +69,7 @@ class Preview:
 def preview(
     source: Source, recipe: TrainRecipe, out: Path, world: World, *, keep: int = 2, overwrite: bool = False
 ) -> Preview:
-    """What `train` would do with these; no weights are read. `run.check` comes first.
+    """What `train` would do with these; no weights are read. `checks.check` comes first.
 
     Raises:
         InputError: the model or the data cannot be used.
@@ -86,11 +89,18 @@ def preview(
     base, adapter = sources_of(source)[0], source if isinstance(source, Adapter) else None
     check_trainable(base)
     load_encoding(base, chat=recipe.has_chat)
+    load_spans(base)
     model: nn.Module = build(base, torch.float32, "cpu", two_stacks=True)
+    output = sources_of(source)[-1].nbytes
+    if recipe.router is not None:
+        before = _nbytes(model)
+        with torch.device("meta"):
+            install(model, router_of(recipe.router, read_config(base)))
+        output += _nbytes(model) - before
     if adapter:
         model = attach(adapter, model)
     whole = learning(model) if adapter else {}
-    blocks = (pesc_blocks(model) if adapter else []) or moe_blocks(model)
+    blocks = (pesc_blocks(model) if adapter else []) or routed_blocks(model) or moe_blocks(model)
     trained = parameters.select(
         model,
         blocks,
@@ -103,7 +113,6 @@ def preview(
     held = sum(parameter.numel() for parameter in whole.values())
     own = held + math.ceil((total - held) / world.size)
     own_trained = trained if adapter else math.ceil(trained / world.size)
-    output = sources_of(source)[-1].nbytes
     checkpoint = FLOAT * ((trained if adapter else total) + 2 * trained)
     per_step = recipe.batch_size * recipe.sequence_length
     weights = math.fsum(part.weight for part in recipe.parts)
@@ -126,3 +135,7 @@ def preview(
         complete=complete,
         fingerprint=fingerprint,
     )
+
+
+def _nbytes(model: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in model.state_dict().values())

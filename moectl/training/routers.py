@@ -67,6 +67,16 @@ def moe_blocks(model: nn.Module) -> list[MoeBlock]:
     return blocks
 
 
+def top_k_of(model: Any) -> int:
+    """How many experts a token is sent to, by the model's config; 1 if it does not say."""
+    config = model.config.get_text_config(decoder=True)
+    for name in ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "top_k"):
+        value = getattr(config, name, None)
+        if value:
+            return int(max(value) if isinstance(value, list) else value)
+    return 1
+
+
 class RouterWatch:
     """Hooks on every MoE layer; after a forward pass `take` hands over what was seen.
 

@@ -29,7 +29,7 @@ from moectl.training.routers import BIASES, MoeBlock, RouterWatch, moe_blocks
 from moectl.training.world import World
 
 PROBES = 256
-"""Tokens by which a family's router is compared with ours."""
+"""Tokens, at least, by which a family's router is compared with ours."""
 
 
 def routed_source(source: Source, recipe: TrainRecipe, root: Path, world: World) -> Source:
@@ -128,7 +128,8 @@ def native_tensors(source: Checkpoint, routed: Checkpoint, tensors: Mapping[str,
 
     Every layer's router of the family is run beside ours with the trained weights, on random hidden states and on a
     batch of one repeated token, which overflows any capacity: the choices have to be the same and the weights agree to
-    1e-6. None if any differ.
+    1e-6. What the family has no place for is drawn at random for it, so that it is lost only where nothing depends on
+    it. None if any differ.
 
     Args:
         source: what the training began with.
@@ -173,9 +174,13 @@ def _same(
     )
     hidden_size = next(value.shape[-1] for value in own.parameters() if value.ndim == 2)
     draw = torch.Generator().manual_seed(0)
-    random_BTD = torch.randn(1, PROBES, hidden_size, generator=draw)
-    module.passing.token_BL = torch.zeros(1, PROBES, dtype=torch.int64)
-    for given_BTD in (random_BTD, random_BTD[:, :1].expand(-1, PROBES, -1).contiguous()):
+    for leaf, value in module.state_dict().items():
+        if prefix + leaf not in names.values() and value.is_floating_point():
+            value.normal_(generator=draw)
+    probes = 1 + max(PROBES, getattr(own, "expert_capacity", 0))  # a room that does not grow with the batch is filled
+    random_BTD = torch.randn(1, probes, hidden_size, generator=draw)
+    module.passing.token_BL = torch.zeros(1, probes, dtype=torch.int64)
+    for given_BTD in (random_BTD, random_BTD[:, :1].expand(-1, probes, -1).contiguous()):
         given = given_BTD if module.form == "mask" else given_BTD[0]
         one_TE, two_TE = (_weights(each(given), module) for each in (own, module))
         if not torch.equal(one_TE != 0, two_TE != 0) or not torch.allclose(one_TE, two_TE, rtol=1e-6, atol=1e-6):

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,12 +26,13 @@ from moectl.checkpoint.provenance import fingerprint_of
 from moectl.checkpoint.publish import check_apart, exists_error, is_occupied
 from moectl.data.mixture import Row, mixture_rows
 from moectl.data.tokens import BEGINNING
-from moectl.errors import CheckFailed, UsageError
+from moectl.errors import CheckFailed
 from moectl.integrations.transformers import NAME
 from moectl.text import escape
 from moectl.training import parameters
 from moectl.training.adapters import Adapter, Source, attach, average_gradients, learning, saved, sources_of
 from moectl.training.checkpoints import Checkpoints, whole_model
+from moectl.training.checks import check
 from moectl.training.export import publish
 from moectl.training.hold import claimed, discard, stoppable
 from moectl.training.metrics import Metrics, flops_per_token, load_cv, matmul_speed, max_vio
@@ -40,11 +40,11 @@ from moectl.training.model import load_encoding, load_spans
 from moectl.training.optimizer import optimizer_of, schedule_of, set_rates
 from moectl.training.pesc import PescWatch, pesc_blocks, pesc_top_k
 from moectl.training.recipe import TrainRecipe
-from moectl.training.routers import RouterWatch, moe_blocks
+from moectl.training.routers import RouterWatch, moe_blocks, top_k_of
 from moectl.training.routing import RoutedWatch, as_held, routed_blocks, routed_source
 from moectl.training.sharded import load_placed
 from moectl.training.step import Computed, Step
-from moectl.training.trackers import Tracker, check_trackers, recording
+from moectl.training.trackers import Tracker, recording
 from moectl.training.world import World
 
 METRICS = Path("train") / "metrics.jsonl"
@@ -158,40 +158,6 @@ def train(
     return Outcome(out, recipe.steps, perf_counter() - started, last=last)
 
 
-def check(
-    source: Source, recipe: TrainRecipe, processes: int, *, expert_parallel: int = 1, log_to: Sequence[str] = ()
-) -> None:
-    """Refuse what can be seen to be impossible before anything is loaded.
-
-    Raises:
-        MachineError: a tracker is not installed.
-        UsageError: an option is out of its range, or is not meant for this model.
-    """
-    recipe.check()
-    recipe.check_processes(processes)
-    parameters.check_only(recipe.only, has_adapters=isinstance(source, Adapter))
-    check_trackers(log_to)
-    if expert_parallel > 1 and isinstance(source, Adapter):
-        raise UsageError(
-            "--expert-parallel is for whole models, and this is an adapter.",
-            "Every process holds the adapter whole; torchrun spreads its base model over them anyway.",
-            "Leave --expert-parallel out.",
-        )
-    if recipe.router is not None and (isinstance(source, Adapter) or expert_parallel > 1):
-        what = "an adapter" if isinstance(source, Adapter) else "experts on several processes"
-        raise UsageError(
-            f"--router is not for {what}.",
-            "It takes the place of the routers of a whole model, whose experts are beside them.",
-            "Leave one of the two out.",
-        )
-    if recipe.bias_update and isinstance(source, Adapter):
-        raise UsageError(
-            "--bias-update moves the base model's selection biases, and this is an adapter.",
-            "What is written is the adapter, which cannot hold changes of the base model.",
-            "Leave --bias-update out.",
-        )
-
-
 class Run:
     """A model, its optimiser and its data at a step."""
 
@@ -240,7 +206,7 @@ class Run:
             adapters=learning(self.model) if self.adapter else None,
         )
         total = sum(parameter.numel() for parameter in self.model.parameters())
-        top_k = pesc_top_k(self.model) if pesc else _top_k(self.model)
+        top_k = pesc_top_k(self.model) if pesc else top_k_of(self.model)
         self.flops = flops_per_token(self.model, blocks, top_k, recipe.sequence_length)
         self.watch: PescWatch | RoutedWatch | RouterWatch | None = None
         if pesc:
@@ -339,12 +305,3 @@ class Run:
 
 def _seed(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:7], "big")
-
-
-def _top_k(model: Any) -> int:
-    config = model.config.get_text_config(decoder=True)
-    for name in ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "top_k"):
-        value = getattr(config, name, None)
-        if value:
-            return int(max(value) if isinstance(value, list) else value)
-    return 1

@@ -19,6 +19,7 @@ from moectl.checkpoint.writer import write
 from moectl.cli.main import app
 from moectl.data.tokens import BYTE_EOS_ID, byte_tokenizer
 from moectl.errors import InputError, UsageError
+from moectl.families.components import experts_and_top_k
 from moectl.families.tiny import tiny_model
 from moectl.families.tiny_moe import tiny_moe
 from moectl.integrations.routed.held import HeldRouter
@@ -191,6 +192,15 @@ def test_a_dense_model_is_upcycled_with_a_router(tmp_path: Path) -> None:
     found = CliRunner().invoke(app, ["inspect", str(tmp_path / "out"), "--json"]).stdout
     assert {"experts": 4, "top_k": 2, "layers": 2}.items() <= json.loads(found).items()
     assert CliRunner().invoke(app, ["verify", str(tmp_path / "out")]).exit_code == 0
+
+
+def test_what_a_token_takes_is_said_by_its_router(made: Path) -> None:
+    """A Mixtral takes two experts, with Switch's router one; Mixture-of-Depths leaves the experts' own router."""
+    found = CliRunner().invoke(app, ["inspect", str(made), "--json"]).stdout
+    assert {"experts": 8, "top_k": 1}.items() <= json.loads(found).items()
+    stated = json.loads((made / "config.json").read_text())
+    stated["router"] = {"name": "mod", "options": {"top_k": 1}}
+    assert experts_and_top_k(stated) == (8, 2)
 
 
 def test_its_routing_is_analysed_without_those_that_went_nowhere(made: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from moectl.cli.main import app
 from moectl.errors import InputError, UsageError
 from moectl.training.adapters import open_source
 from moectl.training.preview import Preview, preview
+from moectl.training.routing import routed_source
 from moectl.training.run import Facts, Reporting, Run, train
 from moectl.training.world import World
 from moectl.upcycle.pesc import Base, PescRecipe, plan_pesc
@@ -49,6 +50,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
         ("tied", {}),
         ("moe", {"only": "router"}),
         ("moe", {"freeze_experts": True}),
+        ("moe", {"router": "switch", "aux_loss": 0.0, "z_loss": 0.0, "only": "router"}),
+        ("moe", {"router": "peer:heads=2,top_k=4", "aux_loss": 0.0, "z_loss": 0.0}),
+        ("dense", {"router": "mod", "only": "router"}),
         ("pesc", {"only": "adapters"}),
         ("pesc", {"only": "experts"}),
     ],
@@ -60,7 +64,7 @@ def test_it_counts_what_the_run_has(
     source, recipe = open_source(str(sources[name])), models.recipe(data, steps=1, **options)
     told = preview(source, recipe, tmp_path / "out", ONE)
     assert not list(tmp_path.iterdir())
-    run = Run(source, recipe, tmp_path / "run", ONE)
+    run = Run(routed_source(source, recipe, tmp_path / "routed", ONE), recipe, tmp_path / "run", ONE)
     assert (told.parameters, told.trained, told.moe_layers) == (
         run.facts.parameters,
         run.facts.trained,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -26,8 +27,10 @@ from moectl.integrations.routed.held import HeldRouter
 from moectl.integrations.routed.install import held
 from moectl.integrations.transformers import load
 from moectl.layerwise.routed import plan_of, routed_plan
+from moectl.training.checks import check
 from moectl.training.metrics import read_metrics
 from moectl.training.model import load_model
+from moectl.training.preview import preview
 from moectl.training.routing import RoutedWatch, routed_blocks
 from moectl.training.run import Reporting, train
 
@@ -105,6 +108,23 @@ def test_what_the_family_does_itself_stays_an_ordinary_checkpoint(
     assert routed.config(out)["router"]["options"]["top_k"] == 3
 
 
+def test_what_the_family_has_no_place_for_is_never_lost(moe: Path, data: tuple[str, str], tmp_path: Path) -> None:
+    """Prices that have hardly moved, so that they change no choice yet."""
+    out = trained(moe, tmp_path / "out", data, "quantile:momentum=0.9999999")
+    assert routed.config(out)["model_type"] == "moectl_routed"
+    beta = models.tensors(out)["model.layers.1.block_sparse_moe.gate.router.beta"]
+    assert 0 < beta.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(("family", "ours"), [(300, 290), (290, 300)])
+def test_rooms_of_different_sizes_are_told_apart(family: int, ours: int, data: tuple[str, str], tmp_path: Path) -> None:
+    source = routed.save_switch(tmp_path / "moe", expert_capacity=family)
+    out = trained(source, tmp_path / "same", data, f"switch:sequence_room={family}")
+    assert routed.config(out)["model_type"] == "switch_transformers"
+    out = trained(source, tmp_path / "other", data, f"switch:sequence_room={ours}")
+    assert routed.config(out)["model_type"] == "moectl_routed"
+
+
 def test_selection_biases_move_and_return_to_the_family(data: tuple[str, str], tmp_path: Path) -> None:
     source = models.save_moe(tmp_path / "moe", "deepseek_v3", num_hidden_layers=3, norm_topk_prob=True)
     stated = routed.config(source)
@@ -143,6 +163,14 @@ def test_a_trained_router_goes_on(moe: Path, data: tuple[str, str], tmp_path: Pa
     assert not models.equal(once, twice)
     with pytest.raises(UsageError, match="routed by switch already"):
         trained(once, tmp_path / "other", data, "mixtral")
+    for name in ("z_loss", "bias_update"):
+        with pytest.raises(UsageError, match="the model is routed by switch"):
+            trained(once, tmp_path / "other", data, None, **{"aux_loss": 0.0, "z_loss": 0.0, name: 0.1})
+    with pytest.raises(UsageError, match="routed by switch already"):
+        check(Checkpoint.open(once), models.recipe(data, router="mixtral", aux_loss=0.0, z_loss=0.0), 1)
+    recipe = models.recipe(data, aux_loss=0.0, z_loss=0.0, only="router")
+    assert preview(Checkpoint.open(once), recipe, tmp_path / "other", ONE).moe_layers == 2
+    assert not list(tmp_path.glob("other*"))
 
 
 def test_the_loss_of_a_router_is_what_trains_it(moe: Path, data: tuple[str, str], tmp_path: Path) -> None:
@@ -271,6 +299,9 @@ def test_what_cannot_be_part_of_a_model_is_refused(
     with pytest.raises(UsageError) as caught:
         trained(moe, tmp_path / "out", data, router)
     assert said in f"{caught.value} {caught.value.why}" and not (tmp_path / "out.partial").exists()
+    with pytest.raises(UsageError, match=re.escape(str(caught.value))):
+        recipe = models.recipe(data, router=router, aux_loss=0.0, z_loss=0.0)
+        preview(Checkpoint.open(moe), recipe, tmp_path / "out", ONE)
 
 
 def test_losses_of_the_family_are_refused_beside_a_router(data: tuple[str, str]) -> None:
