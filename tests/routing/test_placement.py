@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from expert_counts import MODELS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_traces import home_of
@@ -19,7 +20,7 @@ from moectl.routing.placement.packing import contiguous, eplb, repacked
 from moectl.routing.placement.placement import fair_loads, gpu_loads, imbalance, least_imbalance
 from moectl.routing.whatif.asked import homes
 
-OLMOE = json.loads((Path(__file__).parent / "olmoe_counts.json").read_text())
+OLMOE = {domain: list(layers.values()) for domain, layers in MODELS["olmoe"]["domains"].items()}
 README_LOADS = [
     [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
     [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27],

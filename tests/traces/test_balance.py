@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections import Counter
 from itertools import combinations, product
-from pathlib import Path
 
 import numpy as np
 import pytest
+from expert_counts import MODELS
 from hypothesis import given, settings
 from small_traces import rows, trace, traces
 
@@ -19,9 +17,6 @@ from moectl.traces.balance import Balance, balance
 from moectl.traces.change import difference
 from moectl.traces.statistics import Load, RoutingStatistics, statistics_of
 from moectl.traces.trace import Point, RoutingTrace
-
-COUNTS = Path(os.environ.get("MOECTL_EXPERT_COUNTS", Path(__file__).parents[3] / "shared/data/expert_counts.json"))
-"""Counts of allenai/OLMoE, scripts/routing_output: 208,896 tokens of each domain at three layers."""
 
 OLMOE = {
     "github": [(4.01, 0.961, 0.291, 21, 62.6), (5.16, 0.851, 0.584, 17, 77.0), (3.51, 0.853, 0.589, 30, 56.4)],
@@ -35,9 +30,7 @@ OLMOE = {
 
 def published(model: str) -> dict[str, list[Balance]]:
     """By domain the balance of the three layers."""
-    if not COUNTS.is_file():
-        pytest.skip(f"{COUNTS} was not found; MOECTL_EXPERT_COUNTS can name it")
-    described = json.loads(COUNTS.read_text())["models"][model]
+    described = MODELS[model]
     experts, top_k = described["num_experts"], described["top_k"]
     found = {}
     for domain, layers in described["domains"].items():
