@@ -91,7 +91,8 @@ def _peers() -> Iterator[str]:
         f"## Beside others\n\n`{found['command']}`: a Qwen3-MoE {model['width']} wide with {model['experts']} "
         f"experts of {model['expert_width']} in {model['layers']} layers, trained for {model['steps']} steps; seed "
         f"{', '.join(map(str, seeds))}. Only experts are quantised, by every tool on the same tokens, on "
-        f"{found['threads']} core. Loss in nats a token. The machine was not quiet, so wall times say little."
+        f"{found['threads']} core. Loss in nats a token. Ours at W4 and W2 and GPTQModel ran with nothing beside them, "
+        "the others with other work on the second core."
     )
     rows = []
     for row in found["summary"]:
