@@ -32,7 +32,8 @@ def machine() -> dict[str, Any]:
 
 def command() -> str:
     """The command line of this run, paths cut to their names."""
-    return " ".join(["python", sys.argv[0], *(Path(word).name if "/" in word else word for word in sys.argv[1:])])
+    script = Path("benchmarks", Path(sys.argv[0]).name)
+    return " ".join(["python", str(script), *(Path(word).name if "/" in word else word for word in sys.argv[1:])])
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,19 +11,31 @@ from torch import Tensor, distributed
 from moectl.routers.protocol import NO_EXPERT, counts, top, wide
 
 
-def load_balancing(probability_TE: Tensor, index_TK: Tensor, everywhere: bool = False) -> Tensor:
+def balance(probability_TE: Tensor, load_E: Tensor) -> Tensor:
     """E * sum_e f_e * P_e: f the share of assignments, P the mean probability; 1 at balance.
 
-    Switch Transformer (arXiv 2101.03961, eq. 4-6); over k choices f is over all of them. transformers' own function
-    leaves the share of k out, and is k at balance. With `everywhere` f is that of all processes' tokens: global-batch
-    balancing (arXiv 2501.11873), which lets a process's own tokens, of one domain maybe, be uneven.
+    Switch Transformer (arXiv 2101.03961, eq. 4-6); over k choices f is over all of them, as in GShard (2006.16668);
+    transformers' own function leaves the share of k out, and is k at balance. P is over *all* experts: a softmax over
+    the chosen ones alone has the constant mean 1/K, and no gradient (the released code of arXiv 2401.02731 does that).
+
+    Args:
+        load_E: how many assignments each expert received; it may be counted over more tokens than `probability_TE` has
+            (arXiv 2501.11873), and then the mean of this loss over the pieces of a batch is the loss of the batch.
     """
-    num_experts = probability_TE.shape[-1]
-    load_E = counts(index_TK, num_experts).to(probability_TE.dtype)
+    load_E = load_E.to(probability_TE.dtype)
+    share_E = load_E / load_E.sum().clamp(min=1)
+    return len(load_E) * torch.dot(share_E, probability_TE.mean(0))
+
+
+def load_balancing(probability_TE: Tensor, index_TK: Tensor, everywhere: bool = False) -> Tensor:
+    """`balance` with the load of these choices; with `everywhere` with that of all processes' tokens.
+
+    Global-batch balancing (arXiv 2501.11873) lets a process's own tokens, of one domain maybe, be uneven.
+    """
+    load_E = counts(index_TK, probability_TE.shape[-1])
     if everywhere and distributed.is_initialized():
         distributed.all_reduce(load_E)
-    share_E = load_E / load_E.sum().clamp(min=1)
-    return num_experts * (share_E * probability_TE.mean(0)).sum()
+    return balance(probability_TE, load_E)
 
 
 def sequence_load_balancing(probability_TE: Tensor, index_TK: Tensor, sequence_T: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ Legend: T tokens, D hidden, E experts, K choices, S slots.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -133,8 +133,7 @@ class Router(nn.Module):
     def forward(self, hidden_TD: Tensor, context: Context | None = None) -> Routing:
         """Score and choose; `hidden_TD` stands in the context too."""
         context = Context() if context is None else context
-        known = {field.name: getattr(context, field.name) for field in fields(context)}
-        context = Context(**{**known, "hidden_TD": hidden_TD})
+        context = replace(context, hidden_TD=hidden_TD)
         return self.route(self.score(hidden_TD, context), context)
 
     def after_step(self, load_E: Tensor) -> None:

@@ -16,7 +16,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import get_total_norm
 
-from moectl.training.losses import load_balancing_loss, router_z_loss, selection_bias_step
+from moectl.routers.bias import step_towards_mean
+from moectl.routers.losses import balance, z_loss
+from moectl.routers.protocol import wide
 from moectl.training.pesc import PescWatch
 from moectl.training.recipe import TrainRecipe
 from moectl.training.routers import RouterWatch
@@ -103,8 +105,7 @@ class Step:
         if self.recipe.bias_update and self.watch and computed.load is not None:
             for block, load_E in zip(self.watch.blocks, computed.load, strict=True):
                 if block.bias is not None:
-                    move_E = selection_bias_step(load_E[: block.num_experts], self.recipe.bias_update)
-                    block.bias.data.add_(move_E.to(block.bias.device).view_as(block.bias))
+                    step_towards_mean(block.bias.data, load_E[: block.num_experts], self.recipe.bias_update)
         return value
 
     def _micro_batch(self, inputs: dict[str, Tensor], target_BL: Tensor, count: float) -> tuple[Tensor, Tensor | None]:
@@ -133,10 +134,10 @@ class Step:
         # What is not switched on is measured all the same, but without a graph.
         with torch.set_grad_enabled(bool(self.recipe.aux_loss)):
             for logits_TE, load_E in zip(logits, load_LE, strict=False):  # routers of ours come after, without logits
-                aux = aux + load_balancing_loss(logits_TE, load_E[: logits_TE.shape[-1]])
+                aux = aux + balance(wide(logits_TE).softmax(-1), load_E[: logits_TE.shape[-1]])
         with torch.set_grad_enabled(bool(self.recipe.z_loss)):
             for logits_TE in logits:
-                z = z + router_z_loss(logits_TE)
+                z = z + z_loss(logits_TE)
         return aux, z, load_LE
 
 

@@ -1,4 +1,4 @@
-"""The router losses against plain float64 sums and their derivatives written out by hand."""
+"""Balancing loss, z-loss and selection biases against plain float64 sums and their derivatives written out by hand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
-from moectl.training.losses import load_balancing_loss, router_z_loss, selection_bias_step
+from moectl.routers.bias import step_towards_mean
+from moectl.routers.losses import balance, z_loss
+from moectl.routers.protocol import wide
 
 TOKENS, EXPERTS, TOP_K = 37, 6, 2
 
@@ -17,6 +19,10 @@ def routed(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     logits = torch.randn(TOKENS, EXPERTS, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 2
     chosen = logits.topk(TOP_K, -1).indices
     return logits, torch.bincount(chosen.flatten(), minlength=EXPERTS)
+
+
+def balance_of(logits: torch.Tensor, load: torch.Tensor) -> torch.Tensor:
+    return balance(wide(logits).softmax(-1), load)
 
 
 def softmax(row: list[float]) -> list[float]:
@@ -39,7 +45,7 @@ def test_balancing_is_the_sum_in_the_paper_and_its_gradient() -> None:
         for row in rows
     ]
     logits.requires_grad_()
-    loss = load_balancing_loss(logits, load)
+    loss = balance_of(logits, load)
     loss.backward()
     assert loss.item() == pytest.approx(expected, rel=1e-12)
     torch.testing.assert_close(logits.grad, torch.tensor(slope, dtype=torch.float64), rtol=1e-10, atol=1e-14)
@@ -52,26 +58,26 @@ def test_a_softmax_over_the_chosen_alone_would_move_nothing() -> None:
     logits.requires_grad_()
     trap = logits.topk(TOP_K, -1).values.softmax(-1).mean(-1).sum()
     assert torch.autograd.grad(trap, logits)[0].abs().max() < 1e-12
-    assert torch.autograd.grad(load_balancing_loss(logits, load), logits)[0].abs().max() > 1e-3
+    assert torch.autograd.grad(balance_of(logits, load), logits)[0].abs().max() > 1e-3
 
 
 def test_one_is_balance_and_all_on_one_expert_is_the_number_of_experts() -> None:
-    assert load_balancing_loss(torch.zeros(TOKENS, EXPERTS), torch.ones(EXPERTS)).item() == pytest.approx(1)
+    assert balance_of(torch.zeros(TOKENS, EXPERTS), torch.ones(EXPERTS)).item() == pytest.approx(1)
     lopsided = torch.zeros(TOKENS, EXPERTS)
     lopsided[:, 3] = 100
     load = torch.zeros(EXPERTS)
     load[3] = TOKENS
-    assert load_balancing_loss(lopsided, load).item() == pytest.approx(EXPERTS)
+    assert balance_of(lopsided, load).item() == pytest.approx(EXPERTS)
 
 
 def test_pieces_with_the_load_of_the_whole_are_the_whole() -> None:
     logits, load = routed()
     logits = logits[:36]
-    whole = load_balancing_loss(logits, load)
-    pieces = [load_balancing_loss(piece, load) for piece in logits.chunk(4)]
+    whole = balance_of(logits, load)
+    pieces = [balance_of(piece, load) for piece in logits.chunk(4)]
     assert torch.stack(pieces).mean().item() == pytest.approx(whole.item(), rel=1e-12)
     own = [
-        load_balancing_loss(piece, torch.bincount(piece.topk(2, -1).indices.flatten(), minlength=EXPERTS))
+        balance_of(piece, torch.bincount(piece.topk(2, -1).indices.flatten(), minlength=EXPERTS))
         for piece in logits.chunk(4)
     ]
     assert abs(torch.stack(own).mean().item() - whole.item()) > 1e-3, "each with its own load is another loss"
@@ -82,7 +88,7 @@ def test_z_is_the_mean_squared_log_of_the_sum_and_its_gradient() -> None:
     logs = [math.log(math.fsum(map(math.exp, row))) for row in logits.tolist()]
     slope = [[2 * log * p / TOKENS for p in softmax(row)] for log, row in zip(logs, logits.tolist(), strict=True)]
     logits.requires_grad_()
-    loss = router_z_loss(logits)
+    loss = z_loss(logits)
     loss.backward()
     assert loss.item() == pytest.approx(math.fsum(log**2 for log in logs) / TOKENS, rel=1e-12)
     torch.testing.assert_close(logits.grad, torch.tensor(slope, dtype=torch.float64), rtol=1e-10, atol=1e-14)
@@ -90,7 +96,7 @@ def test_z_is_the_mean_squared_log_of_the_sum_and_its_gradient() -> None:
 
 def test_low_precision_logits_are_widened_first() -> None:
     logits, load = routed()
-    for loss in (lambda x: load_balancing_loss(x, load), router_z_loss):
+    for loss in (lambda x: balance_of(x, load), z_loss):
         narrow = loss(logits.bfloat16())
         assert narrow.dtype == torch.float32
         assert narrow.item() == pytest.approx(loss(logits.bfloat16().double()).item(), rel=1e-6)
@@ -98,7 +104,9 @@ def test_low_precision_logits_are_widened_first() -> None:
 
 def test_the_selection_bias_moves_towards_balance_by_its_rate() -> None:
     load = torch.tensor([4, 0, 9, 3])  # mean 4
-    assert selection_bias_step(load, 0.001).tolist() == pytest.approx([0, 0.001, -0.001, 0.001])
+    bias = torch.zeros(4)
+    step_towards_mean(bias, load, 0.001)
+    assert bias.tolist() == pytest.approx([0, 0.001, -0.001, 0.001])
 
 
 def test_selection_biases_balance_a_fixed_router() -> None:
@@ -111,6 +119,6 @@ def test_selection_biases_balance_a_fixed_router() -> None:
 
     before = load()
     for _ in range(300):
-        bias += selection_bias_step(load(), 0.003)
+        step_towards_mean(bias, load(), 0.003)
     assert before.max() > 1.8 * before.double().mean()
     assert load().max() < 1.1 * load().double().mean()
