@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import exp, log
+from math import exp
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from moectl.routers.spelling import Named
 from moectl.routing.whatif.asked import mean, require, require_numbers
 from moectl.routing.whatif.finding import Curve, Finding
 from moectl.spelling import filled
+from moectl.traces.information import entropy
 from moectl.traces.trace import Routed, RoutingTrace, Tokens
 
 COLUMNS = (
@@ -85,8 +86,7 @@ class Replayed:
     @property
     def effective(self) -> float:
         """Experts, if they were equally loaded, of the same entropy."""
-        share = [part for part in (self.load_E / max(self.load_E.sum(), 1)).tolist() if part]
-        return exp(-sum(part * log(part) for part in share))
+        return exp(entropy(self.load_E))
 
 
 def replay(trace: RoutingTrace, routers: Sequence[Named], seed: int = 0) -> Finding:
