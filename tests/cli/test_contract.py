@@ -71,7 +71,7 @@ def environment(tmp_path, monkeypatch):
 
 def run(command, **options):
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    return subprocess.run(command, text=True, timeout=60, **options)
+    return subprocess.run(command, text=True, timeout=300, **options)
 
 
 def moectl(*arguments, **options):
@@ -290,7 +290,7 @@ def test_an_interruption_says_how_to_go_on(number, code):
     assert process.stdout
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=300)
     assert process.returncode == code
     assert "Traceback" not in stderr
     assert "same command resumes" in stderr

@@ -32,7 +32,7 @@ def shell(script: str, cwd: Path, **environment: str) -> subprocess.CompletedPro
         env={**os.environ, "PATH": path, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 
@@ -95,7 +95,7 @@ def test_a_signal_in_the_middle_is_resumed(number: int, code: int, dense: Path, 
     while len(list(journal.glob("model-*"))) < 2 and child.poll() is None:
         time.sleep(0.005)
     child.send_signal(number)
-    _, stderr = child.communicate(timeout=30)
+    _, stderr = child.communicate(timeout=300)
     assert child.returncode == code and "the same command resumes it" in stderr
     assert not (tmp_path / "moe").exists() and list(journal.glob("model-*"))
     assert subprocess.run([*command, "-o", str(tmp_path / "moe"), "-q"], capture_output=True).returncode == 0

@@ -221,7 +221,7 @@ def test_a_reader_that_leaves_ends_it_quietly(place: Path) -> None:
     shutil.rmtree(place / "piped", ignore_errors=True)
     assert run("moe", *DATA, "-q", "--trace", "piped").exit_code == 0
     script = f"'{PROGRAM}' analyze-routing piped -q | head -1"
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=place, timeout=120)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=place, timeout=300)
     assert done.stdout.startswith("stream\tlayer\t") and done.stderr == ""
 
 

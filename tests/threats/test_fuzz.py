@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -17,6 +18,7 @@ import pytest
 from fuzzing import GENERATORS, Case, check, tiny_files
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from quick import SECONDS
 
 from moectl.checkpoint.source import SINGLE
 from moectl.errors import InputError
@@ -98,12 +100,27 @@ def test_what_the_property_would_catch(directory: Path, monkeypatch: pytest.Monk
     planted(stops(InputError("config.json holds \x1b.")))
     with pytest.raises(AssertionError, match="control characters"):
         check(case, directory)
-    planted(lambda *_: sum(range(10**8)))
+    planted(lambda *_: burn(1.1 * SECONDS))
     with pytest.raises(AssertionError, match="took"):
         check(case, directory)
     planted(lambda *_: bytearray(2 * 10**8))
     with pytest.raises(AssertionError, match="bytes"):
         check(case, directory, measure_memory=True)
+
+
+def burn(seconds: float) -> None:
+    """Use a CPU for so long."""
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
+def test_a_slow_first_time_is_no_slow_input(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a first import falls on it; what `check` then reports is the second time."""
+    waits = [1.1 * SECONDS, 0.0]
+    monkeypatch.setattr(fuzzing, "use", lambda *_: burn(waits.pop(0)))
+    assert check(Case(tiny_files("llama")), directory).seconds < SECONDS
+    assert not waits
 
 
 FOUND_BY_LONG_RUNS = ("11.recipe.5757", "12.config.81622", "12.config.218542", "11.recipe.69034", "11.recipe.323437")

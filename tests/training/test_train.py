@@ -310,7 +310,7 @@ def interrupt(words: list[str], out: Path, step: int, number: int) -> tuple[int,
     while child.poll() is None and not any(line["step"] >= step for line in read_metrics(metrics)):
         time.sleep(0.01)
     child.send_signal(number)
-    stdout, stderr = child.communicate(timeout=60)
+    stdout, stderr = child.communicate(timeout=300)
     return child.returncode, stdout, stderr
 
 

@@ -264,7 +264,7 @@ def test_sigkill_changes_no_bit(tmp_path: Path, paths: Paths, data: tuple[str, s
     while child.poll() is None and not any(line["step"] >= 8 for line in read_metrics(metrics)):
         time.sleep(0.01)
     child.kill()
-    child.communicate(timeout=60)
+    child.communicate(timeout=300)
     assert child.returncode == -signal.SIGKILL and not out.exists()
     done = CliRunner().invoke(app, words[1:])
     assert done.exit_code == 0 and done.stdout == f"{out}\n" and "resumed after step" in done.stderr

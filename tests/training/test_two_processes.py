@@ -100,7 +100,7 @@ def test_a_lost_process_ends_the_run_and_is_named(tmp_path: Path) -> None:
         time.sleep(0.05)
     victim = sorted(_children(launcher.pid))[1]
     os.kill(victim, signal.SIGKILL)
-    _, stderr = launcher.communicate(timeout=120)
+    _, stderr = launcher.communicate(timeout=300)
     assert launcher.returncode != 0
     assert str(victim) in stderr and ("SIGKILL" in stderr or "Signal 9" in stderr)
     assert (tmp_path / "out.partial" / "checkpoints" / "latest").exists() and not (tmp_path / "out").exists()
