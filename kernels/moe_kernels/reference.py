@@ -120,7 +120,12 @@ def route(
         kept = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, chosen, True)
         choice = by_group.masked_fill(~kept[..., None], -torch.inf).flatten(-2)
     index = choice.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
-    weight = scores.gather(-1, index)
+    return index, weigh(scores, index, renormalise, scale)
+
+
+def weigh(scores_TE: Tensor, index_TK: Tensor, renormalise: bool, scale: float) -> Tensor:
+    """The weights [T, K] of chosen experts."""
+    weight_TK = scores_TE.gather(-1, index_TK)
     if renormalise:
-        weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
-    return index, scale * weight
+        weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
+    return scale * weight_TK

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moectl.errors import CheckFailed, InputError, UsageError
-from moectl.text import shown
+from moectl.text import few, shown
 
 SCHEMA = "moectl.bench/1"
 SHARED = ("--clock", "--prompt", "--batch", "--new-tokens")
@@ -30,9 +30,8 @@ class Comparison:
         named = [f"{name} takes {ratio:.3g} times as long" for name, ratio in slower.items()]
         named += [f"{name} was measured and fails now" for name in self.broken]
         if named:
-            more = f"; and {len(named) - 5} more" if len(named) > 5 else ""
             raise CheckFailed(
-                f"Slower than the baseline by more than {100 * limit:g} %: {'; '.join(named[:5])}{more}.",
+                f"Slower than the baseline by more than {100 * limit:g} %: {few(named)}.",
                 "Medians of the two runs are compared.",
                 "Measure again with a longer --time if the machine was busy; else find the change.",
             )

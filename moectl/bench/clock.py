@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -29,6 +29,11 @@ class Subject:
     run: Callable[[Any], Any]
     calls: int = 1
 
+    @classmethod
+    def in_turn(cls, states: Sequence[Any], run: Callable[[Any], Any]) -> Subject:
+        """Call number n is given state number n, round and round."""
+        return cls(lambda n: states[n % len(states)], run)
+
 
 @dataclass
 class Sample:
@@ -41,6 +46,11 @@ class Sample:
         """20th, 50th and 80th, linear between two times."""
         p20, p50, p80 = np.percentile(self.times, [20, 50, 80])
         return float(p20), float(p50), float(p80)
+
+    def columns(self) -> dict[str, float]:
+        """What a row says of the times."""
+        p20, p50, p80 = self.percentiles()
+        return {"p50_ms": p50, "p20_ms": p20, "p80_ms": p80, "reps": len(self.times)}
 
 
 class Clock(Protocol):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,66 +13,46 @@ from moectl.bench.clock import Subject, interleave
 from moectl.bench.inputs import Batch, Weights, make_batches, make_weights
 from moectl.bench.roofline import Work
 from moectl.bench.rows import explain, mean
-from moectl.bench.run import Settings, threads
-from moectl.bench.stages import STAGES, Call
+from moectl.bench.shapes import Shape
+from moectl.bench.stages import STAGES
+from moectl.bench.sweep import OnCell, OnPart, Roofs, Settings, cells_of, sweep
 
 Row = dict[str, Any]
 
 
-def measure(
-    settings: Settings,
-    on_cell: Callable[[str], None] = lambda _title: None,
-    on_part: Callable[[dict[str, Any]], None] | None = None,
-) -> dict[str, Any]:
+def measure(settings: Settings, on_cell: OnCell = lambda _title: None, on_part: OnPart | None = None) -> dict[str, Any]:
     """One row per shape, dtype, number of tokens and stage; a stage that fails is a row with a reason.
 
-    `on_part` is given the document so far, which says that it is partial, after each number of tokens.
+    `on_part` as in `sweep`.
 
     Raises:
         MachineError: no such device, or the weights do not fit.
     """
     device = machine.pick(settings.device)
-    rows: list[tuple[Row, list[Work]]] = []
-    with threads(settings.threads):
-        clock, about = machine.clock_of(device, settings.clock), machine.describe(device)
-        before = {name: machine.measure_roof(machine.DTYPES[name], device, clock) for name in settings.dtypes}
-        for shape in settings.shapes:
-            for name in settings.dtypes:
-                weights = make_weights(shape, machine.DTYPES[name], device, settings.seed, train=True)
-                for tokens in settings.tokens:
-                    on_cell(f"{shape.name} {name} {tokens}")
-                    draw = routing.make(settings.routing, shape)
-                    batches = make_batches(
-                        shape, tokens, machine.DTYPES[name], device, draw, settings.seed + tokens, train=True
-                    )
-                    found = _measure_stages(weights, batches, settings, device)
-                    start = {"model": shape.name, "dtype": name, "tokens": tokens}
-                    for stage, fields in found:
-                        work = STAGES[stage].work
-                        done = [work(weights[0], batch) for batch in batches] if work else []
-                        rows.append(({**start, "stage": stage, **fields}, done))
-                    if on_part is not None:
-                        on_part(_document(settings, about, before, before, rows) | {"partial": True})
-        after = {name: machine.measure_roof(machine.DTYPES[name], device, clock) for name in settings.dtypes}
-    return _document(settings, about, before, after, rows)
 
+    def prepare(shape: Shape, name: str) -> Callable[[int], list[tuple[Row, list[Work]]]]:
+        dtype = machine.DTYPES[name]
+        weights = make_weights(shape, dtype, device, settings.seed, train=True)
 
-def _document(
-    settings: Settings,
-    about: dict[str, Any],
-    before: dict[str, tuple[float, float]],
-    after: dict[str, tuple[float, float]],
-    rows: list[tuple[Row, list[Work]]],
-) -> dict[str, Any]:
-    roofs = {name: machine.Roof.of(name, before[name], after[name]) for name in settings.dtypes}
-    return {
-        "kind": "kernels",
-        "device": about,
-        "settings": {"routing": settings.routing, "seed": settings.seed, "clock": settings.clock},
-        "shapes": [asdict(shape) for shape in settings.shapes],
-        "roofs": [roof.to_json() for roof in roofs.values()],
-        "rows": [_finish(row, done, roofs[row["dtype"]]) for row, done in rows],
-    }
+        def measured(tokens: int) -> list[tuple[Row, list[Work]]]:
+            draw = routing.make(settings.routing, shape)
+            batches = make_batches(shape, tokens, dtype, device, draw, settings.seed + tokens, train=True)
+            start = {"model": shape.name, "dtype": name, "tokens": tokens}
+            rows = []
+            for stage, fields in _measure_stages(weights, batches, settings, device):
+                work = STAGES[stage].work
+                done = [work(weights[0], batch) for batch in batches] if work else []
+                rows.append(({**start, "stage": stage, **fields}, done))
+            return rows
+
+        return measured
+
+    def end(rows: list[tuple[Row, list[Work]]], roofs: Roofs) -> dict[str, Any]:
+        return {"rows": [_finish(row, done, roofs[row["dtype"]]) for row, done in rows]}
+
+    said = {"routing": settings.routing, "seed": settings.seed, "clock": settings.clock}
+    found = cells_of(settings, on_cell, prepare)
+    return sweep(settings, device, "kernels", said, found, end, on_part)
 
 
 def _measure_stages(
@@ -85,17 +64,12 @@ def _measure_stages(
     for name in (name for name, stage in STAGES.items() if device.type in stage.devices):
         try:
             calls = [STAGES[name].make(weights[n % len(weights)], batch) for n, batch in enumerate(batches)]
-            sample = interleave({name: _in_turn(calls)}, clock, settings.seconds)[name]
+            sample = interleave({name: Subject.in_turn(calls, lambda call: call())}, clock, settings.seconds)[name]
         except Exception as error:
             found.append((name, {"reason": explain(error)}))
             continue
-        p20, p50, p80 = sample.percentiles()
-        found.append((name, {"p50_ms": p50, "p20_ms": p20, "p80_ms": p80, "reps": len(sample.times)}))
+        found.append((name, sample.columns()))
     return found
-
-
-def _in_turn(calls: list[Call]) -> Subject:
-    return Subject(lambda n: calls[n % len(calls)], lambda call: call())
 
 
 def _finish(row: Row, done: list[Work], roof: machine.Roof) -> Row:

@@ -21,7 +21,7 @@ import torch
 
 from moectl.bench import device as machine
 from moectl.bench.rows import explain
-from moectl.bench.run import threads
+from moectl.bench.sweep import threads
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError
 from moectl.integrations.complete import from_pretrained, is_coded

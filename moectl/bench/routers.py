@@ -2,7 +2,7 @@
 
 All get the same hidden states, whose mean makes linear gates prefer some experts; those that go by logits get logits of
 one linear gate, those with a gate of another form have their own timed with them. In use: no noise, no loss. Beside a
-router that `moe_kernels` has a fused kernel for stands the same in plain torch.
+router that `moe_kernels` has a fused kernel for stands the same router with its choice in plain torch.
 
 Legend: T tokens, D hidden, E experts, K choices.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,13 +19,16 @@ from torch import Tensor
 from moectl.bench import device as machine
 from moectl.bench.clock import Subject, interleave
 from moectl.bench.rows import explain, mean
-from moectl.bench.run import Settings, threads
 from moectl.bench.shapes import Shape
-from moectl.routers.protocol import NO_EXPERT, Context, Router, Routing, counts
+from moectl.bench.sweep import OnCell, OnPart, Settings, cells_of, sweep
+from moectl.errors import UsageError
+from moectl.routers.protocol import NO_EXPERT, Context, Router, Routing, all_served, counts
 from moectl.routers.registry import names
 from moectl.routers.spelling import Named, parse
 
 Row = dict[str, Any]
+Inputs = tuple[Tensor, Tensor, Context]
+"""Hidden states, logits, and what else some routers look at."""
 
 SETS = 4
 SKEW = 0.5
@@ -68,45 +70,47 @@ def plain(router: Router, scores_TE: Tensor, score: str, group_score: str) -> tu
     return index_TK, weight_TK * getattr(options, "scale", 1.0)
 
 
-def measure(
-    settings: Settings,
-    on_cell: Callable[[str], None] = lambda _title: None,
-    on_part: Callable[[dict[str, Any]], None] | None = None,
-) -> dict[str, Any]:
+def measure(settings: Settings, on_cell: OnCell = lambda _title: None, on_part: OnPart | None = None) -> dict[str, Any]:
     """One row per shape, dtype, number of tokens and router (`settings.backends`, all where there is none).
 
-    `on_part` is given the document so far, which says that it is partial, after each number of tokens.
+    `on_part` as in `sweep`.
 
     Raises:
         MachineError: no such device.
-        UsageError: no such router or option.
+        UsageError: as `asked`.
     """
     device = machine.pick(settings.device)
-    asked = parse(",".join(settings.backends or names()))
-    for named in asked:
+    routers = asked(",".join(settings.backends or names()))
+
+    def prepare(shape: Shape, dtype: str) -> Callable[[int], list[Row]]:
+        def measured(tokens: int) -> list[Row]:
+            start = {"model": shape.name, "dtype": dtype, "tokens": tokens}
+            return [{**start, **row} for row in _cell(routers, shape, dtype, tokens, settings, device)]
+
+        return measured
+
+    said = {"seed": settings.seed, "clock": settings.clock, "skew": SKEW}
+    found = cells_of(settings, on_cell, prepare)
+    with torch.no_grad():
+        return sweep(settings, device, "routers", said, found, lambda rows, _: {"rows": rows}, on_part, roofs=False)
+
+
+def asked(text: str) -> list[Named]:
+    """The routers in a list, each of which can be measured.
+
+    Raises:
+        UsageError: no such router or option, or one that does not choose experts for tokens.
+    """
+    found = parse(text)
+    for named in found:
+        if named.entry.kind != "router":
+            raise UsageError(
+                f"{named.entry.name} cannot be measured.",
+                "It is a layer of its own, not a router that chooses experts for tokens.",
+                f"Leave it out; moectl routers {named.entry.name} says what it is.",
+            )
         named.options()  # a wrong one is said before anything is measured
-    rows: list[Row] = []
-    with threads(settings.threads), torch.no_grad():
-        about = machine.describe(device)
-        for shape in settings.shapes:
-            for dtype in settings.dtypes:
-                for tokens in settings.tokens:
-                    on_cell(f"{shape.name} {dtype} {tokens}")
-                    start = {"model": shape.name, "dtype": dtype, "tokens": tokens}
-                    rows += [{**start, **row} for row in _cell(asked, shape, dtype, tokens, settings, device)]
-                    if on_part is not None:
-                        on_part(_document(settings, about, rows) | {"partial": True})
-    return _document(settings, about, rows)
-
-
-def _document(settings: Settings, about: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
-    return {
-        "kind": "routers",
-        "device": about,
-        "settings": {"seed": settings.seed, "clock": settings.clock, "skew": SKEW},
-        "shapes": [asdict(shape) for shape in settings.shapes],
-        "rows": list(rows),
-    }
+    return found
 
 
 def _cell(
@@ -131,25 +135,23 @@ def _cell(
             torch.manual_seed(settings.seed + 1)  # not the numbers of which the inputs are made
             router = _made(named, shape).to(device)
             call = _call(router, by_hidden="hidden" in named.entry.needs)
-            found[name] = _looked_at([call(*given) for given in inputs], router)
+            found[name] = _looked_at([call(given) for given in inputs], router)
         except Exception as error:
             found[name] = {"reason": explain(error)}
             continue
-        subjects[name] = _in_turn(call, inputs)
+        subjects[name] = Subject.in_turn(inputs, call)
         if named.entry.name in FUSED:
             peer = _peer(router, *FUSED[named.entry.name])
-            index = [peer(*given)[0] for given in inputs]
-            found[f"{name}, {PLAIN}"] = {"imbalance": _imbalance(index, shape.num_experts), "dropped": 0.0}
-            subjects[f"{name}, {PLAIN}"] = _in_turn(peer, inputs)
+            found[f"{name}, {PLAIN}"] = _looked_at([peer(given) for given in inputs], router)
+            subjects[f"{name}, {PLAIN}"] = Subject.in_turn(inputs, peer)
 
     def failed(name: str, error: Exception) -> None:
         found[name] = {"reason": explain(error)}
 
     clock = machine.clock_of(device, settings.clock)
     for name, sample in interleave(subjects, clock, settings.seconds, failed).items():
-        p20, p50, p80 = sample.percentiles()
-        found[name] |= {"p50_ms": p50, "p20_ms": p20, "p80_ms": p80, "reps": len(sample.times)}
-        found[name]["tokens_per_s"] = 1000 * tokens / p50
+        found[name] |= sample.columns()
+        found[name]["tokens_per_s"] = 1000 * tokens / found[name]["p50_ms"]
     for name, row in found.items():
         over = found.get(f"{name}, {PLAIN}", {}).get("p50_ms")
         faster = {"speedup": over / row["p50_ms"], "speedup_over": PLAIN} if over and row.get("p50_ms") else {}
@@ -178,18 +180,14 @@ def _context(tokens: int, generator: torch.Generator, device: torch.device) -> C
     )
 
 
-def _call(router: Router, by_hidden: bool) -> Callable[[Tensor, Tensor, Context], Routing]:
+def _call(router: Router, by_hidden: bool) -> Callable[[Inputs], Routing]:
     if by_hidden:
-        return lambda hidden_TD, _scores_TE, context: router(hidden_TD, context)
-    return lambda _hidden_TD, scores_TE, context: router.route(scores_TE, context)
+        return lambda given: router(given[0], given[2])
+    return lambda given: router.route(given[1], given[2])
 
 
-def _peer(router: Router, score: str, group_score: str) -> Callable[[Tensor, Tensor, Context], tuple[Tensor, Tensor]]:
-    return lambda _hidden_TD, scores_TE, _context: plain(router, scores_TE, score, group_score)
-
-
-def _in_turn(call: Callable[..., Any], inputs: list[tuple[Tensor, Tensor, Context]]) -> Subject:
-    return Subject(lambda n: inputs[n % len(inputs)], lambda given: call(*given))
+def _peer(router: Router, score: str, group_score: str) -> Callable[[Inputs], Routing]:
+    return lambda given: all_served(*plain(router, given[1], score, group_score))
 
 
 def _looked_at(routings: list[Routing], router: Router) -> Row:

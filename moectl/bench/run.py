@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,29 +22,10 @@ from moectl.bench.inputs import Batch, Weights, make_batches, make_weights
 from moectl.bench.peers import Layer, Unavailable, build
 from moectl.bench.rows import Row, compare, explain, finish
 from moectl.bench.shapes import Shape
+from moectl.bench.sweep import OnCell, OnPart, Roofs, Settings, sweep
 from moectl.errors import MachineError, UsageError
 
 BACKWARD = ("bwd", "train")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to measure and how; the options of `moectl bench layer`."""
-
-    shapes: list[Shape]
-    tokens: list[int]
-    what: list[str]
-    dtypes: list[str]
-    backends: list[str]
-    routing: str = "uniform"
-    device: str = "auto"
-    threads: int | None = None
-    seed: int = 0
-    graph: bool = False
-    compile: bool = False
-    check: bool = True
-    clock: str = "wall"
-    seconds: float = 0.5
 
 
 @dataclass
@@ -56,15 +37,10 @@ class _Measured:
     shape: Shape
 
 
-def measure(
-    settings: Settings,
-    on_cell: Callable[[str], None] = lambda _title: None,
-    on_part: Callable[[dict[str, Any]], None] | None = None,
-) -> dict[str, Any]:
+def measure(settings: Settings, on_cell: OnCell = lambda _title: None, on_part: OnPart | None = None) -> dict[str, Any]:
     """Measure everything and return the document.
 
-    `on_cell` is told what comes next, and `on_part` is given the document so far, which says that it is partial, after
-    each cell.
+    `on_cell` is told what comes next; `on_part` as in `sweep`.
 
     Raises:
         UsageError: options that exclude each other.
@@ -75,37 +51,16 @@ def measure(
         raise MachineError("--graph needs a CUDA device.", "A CPU has no CUDA graphs.", "Leave --graph out.")
     if settings.graph and set(settings.what) & set(BACKWARD):
         raise UsageError("--graph goes with --what fwd and decode.", "", "Leave one of them out.")
-    measured: list[_Measured] = []
-    with threads(settings.threads), _strictly_compiled(settings.compile):
-        clock, about = machine.clock_of(device, settings.clock), machine.describe(device)
-        before = {name: machine.measure_roof(machine.DTYPES[name], device, clock) for name in settings.dtypes}
-        for cell in _cells(settings):
-            for found in _measure_cell(cell, settings, device, on_cell):
-                measured += found
-                if on_part is not None:
-                    on_part(_document(settings, about, before, before, measured) | {"partial": True})
-        after = {name: machine.measure_roof(machine.DTYPES[name], device, clock) for name in settings.dtypes}
-    return _document(settings, about, before, after, measured)
 
+    def end(measured: list[_Measured], roofs: Roofs) -> dict[str, Any]:
+        rows = compare([finish(one.row, one.drawn, one.shape, roofs[one.row.dtype]) for one in measured])
+        tolerance = {name: TOLERANCE[name] for name in settings.dtypes} | {"tokens": TOKENS}
+        return {"tolerance": tolerance, "rows": [asdict(row) for row in rows]}
 
-def _document(
-    settings: Settings,
-    about: dict[str, Any],
-    before: dict[str, tuple[float, float]],
-    after: dict[str, tuple[float, float]],
-    measured: list[_Measured],
-) -> dict[str, Any]:
-    roofs = {name: machine.Roof.of(name, before[name], after[name]) for name in settings.dtypes}
-    rows = compare([finish(one.row, one.drawn, one.shape, roofs[one.row.dtype]) for one in measured])
-    return {
-        "kind": "layer",
-        "device": about,
-        "settings": {key: value for key, value in asdict(settings).items() if key not in ("shapes", "device")},
-        "shapes": [asdict(shape) for shape in settings.shapes],
-        "roofs": [roof.to_json() for roof in roofs.values()],
-        "tolerance": {name: TOLERANCE[name] for name in settings.dtypes} | {"tokens": TOKENS},
-        "rows": [asdict(row) for row in rows],
-    }
+    said = {key: value for key, value in asdict(settings).items() if key not in ("shapes", "device")}
+    cells = (found for cell in _cells(settings) for found in _measure_cell(cell, settings, device, on_cell))
+    with _strictly_compiled(settings.compile):
+        return sweep(settings, device, "layer", said, cells, end, on_part)
 
 
 def _cells(settings: Settings) -> Iterator[tuple[Shape, str, bool, list[tuple[str, int]]]]:
@@ -194,8 +149,7 @@ def _measure_peers(
     with nullcontext() if what in BACKWARD else torch.no_grad():
         samples = interleave(subjects, machine.clock_of(device, settings.clock), settings.seconds, failed)
     for name, sample in samples.items():
-        p20, p50, p80 = sample.percentiles()
-        found[name] |= {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "reps": len(sample.times)}
+        found[name] |= sample.columns()
         if sample.other:
             found[name]["other_clock_ms"] = sorted(sample.other)[len(sample.other) // 2]
     return found
@@ -280,17 +234,6 @@ def _strictly_compiled(compiled: bool) -> AbstractContextManager[object]:
 
     known = hasattr(dynamo, "fail_on_recompile_limit_hit")
     return dynamo.patch(fail_on_recompile_limit_hit=True) if known else nullcontext()
-
-
-@contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """Inside, torch uses `count` threads, or as many as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _release(device: torch.device) -> None:

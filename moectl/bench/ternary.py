@@ -11,7 +11,7 @@ matrix.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,8 +26,9 @@ from moectl.bench.clock import Subject, interleave
 from moectl.bench.coded import ZEROS, Stack, make_stacks
 from moectl.bench.inputs import Batch, make_batches
 from moectl.bench.rows import explain, mean
-from moectl.bench.run import Settings, captured, threads
+from moectl.bench.run import captured
 from moectl.bench.shapes import Shape
+from moectl.bench.sweep import OnCell, OnPart, Roofs, Settings, cells_of, sweep
 
 CHECKED_ROWS = 64
 MAX_BATCHES = 64
@@ -120,37 +121,38 @@ COLUMNS = (
 )
 
 
-def measure(
-    settings: Settings,
-    on_cell: Callable[[str], None] = lambda _title: None,
-    on_part: Callable[[dict[str, Any]], None] | None = None,
-) -> dict[str, Any]:
+def measure(settings: Settings, on_cell: OnCell = lambda _title: None, on_part: OnPart | None = None) -> dict[str, Any]:
     """One row per shape, dtype, pass, number of tokens and way; a way that fails is a row with a reason.
 
-    `on_part` is given the document so far, which says that it is partial, after each number of tokens.
+    `on_part` as in `sweep`.
 
     Raises:
         MachineError: no such device, or the weights do not fit.
     """
     device = machine.pick(settings.device)
-    rows: list[Row] = []
-    with threads(settings.threads), torch.no_grad():
-        clock, about = machine.clock_of(device, settings.clock), machine.describe(device)
-        before = {name: machine.measure_roof(machine.DTYPES[name], device, clock) for name in settings.dtypes}
-        for shape in settings.shapes:
-            for name in settings.dtypes:
-                on_cell(f"{shape.name} {name}: coding")
-                up, down = make_stacks(shape, machine.DTYPES[name], device, settings.seed)
-                for tokens in settings.tokens:
-                    on_cell(f"{shape.name} {name} {tokens}")
-                    batches = _batches(shape, tokens, name, device, settings, up.nbytes + down.nbytes)
-                    start = {"model": shape.name, "dtype": name}
-                    for what, found in _measure_cell(up, down, batches, settings, device):
-                        rows += [{**start, "what": what, "tokens": tokens, "stage": way, **row} for way, row in found]
-                    if on_part is not None:
-                        on_part(_document(settings, about, before, before, rows) | {"partial": True})
-        after = {name: machine.measure_roof(machine.DTYPES[name], device, clock) for name in settings.dtypes}
-    return _document(settings, about, before, after, rows)
+
+    def prepare(shape: Shape, name: str) -> Callable[[int], list[Row]]:
+        on_cell(f"{shape.name} {name}: coding")
+        up, down = make_stacks(shape, machine.DTYPES[name], device, settings.seed)
+
+        def measured(tokens: int) -> list[Row]:
+            batches = _batches(shape, tokens, name, device, settings, up.nbytes + down.nbytes)
+            return [
+                {"model": shape.name, "dtype": name, "what": what, "tokens": tokens, "stage": way, **row}
+                for what, found in _measure_cell(up, down, batches, settings, device)
+                for way, row in found
+            ]
+
+        return measured
+
+    def end(rows: list[Row], roofs: Roofs) -> dict[str, Any]:
+        return {"rows": [_finish(row, rows, roofs[row["dtype"]]) for row in rows]}
+
+    said = {"what": "ternary", "zeros": ZEROS}
+    said |= {"routing": settings.routing, "seed": settings.seed, "clock": settings.clock}
+    found = cells_of(settings, on_cell, prepare)
+    with torch.no_grad():
+        return sweep(settings, device, "kernels", said, found, end, on_part)
 
 
 def _batches(
@@ -207,7 +209,7 @@ def _timed(makers: dict[str, list[Callable[[], Call]]], settings: Settings, devi
     subjects: dict[str, Subject] = {}
     for name, make in makers.items():
         try:
-            subject = _in_turn([one() for one in make])
+            subject = Subject.in_turn([one() for one in make], lambda call: call())
             subject.run(subject.prepare(0))
             subjects[name] = captured(subject, len(make)) if device.type == "cuda" else subject
         except Exception as error:
@@ -218,13 +220,8 @@ def _timed(makers: dict[str, list[Callable[[], Call]]], settings: Settings, devi
 
     samples = interleave(subjects, machine.clock_of(device, settings.clock), settings.seconds, failed)
     for name, sample in samples.items():
-        p20, p50, p80 = sample.percentiles()
-        found[name] |= {"p50_ms": p50, "p20_ms": p20, "p80_ms": p80, "reps": len(sample.times)}
+        found[name] |= sample.columns()
     return found
-
-
-def _in_turn(calls: list[Call]) -> Subject:
-    return Subject(lambda n: calls[n % len(calls)], lambda call: call())
 
 
 def _product(number: int, stack: Stack, batch: Batch, what: str, generator: torch.Generator) -> Product:
@@ -246,25 +243,6 @@ def _error(result: Any, given: Product, way: str) -> float | None:
     weights = given.stack.dense[expert, :CHECKED_ROWS].double()
     truth = given.x[places].double() @ weights.T
     return float((found[:, :CHECKED_ROWS].double() - truth).abs().max() / truth.abs().max().clamp_min(1e-300))
-
-
-def _document(
-    settings: Settings,
-    about: dict[str, Any],
-    before: dict[str, tuple[float, float]],
-    after: dict[str, tuple[float, float]],
-    rows: list[Row],
-) -> dict[str, Any]:
-    roofs = {name: machine.Roof.of(name, before[name], after[name]) for name in settings.dtypes}
-    keep = ("routing", "seed", "clock")
-    return {
-        "kind": "kernels",
-        "device": about,
-        "settings": {"what": "ternary", "zeros": ZEROS} | {name: getattr(settings, name) for name in keep},
-        "shapes": [asdict(shape) for shape in settings.shapes],
-        "roofs": [roof.to_json() for roof in roofs.values()],
-        "rows": [_finish(row, rows, roofs[row["dtype"]]) for row in rows],
-    }
 
 
 def _finish(row: Row, rows: list[Row], roof: machine.Roof) -> Row:

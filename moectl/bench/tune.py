@@ -25,8 +25,9 @@ from moectl.bench import device as machine
 from moectl.bench import routing
 from moectl.bench.inputs import make_batches, make_weights
 from moectl.bench.peers import ours
-from moectl.bench.run import BACKWARD, Settings, subject_of
+from moectl.bench.run import BACKWARD, subject_of
 from moectl.bench.shapes import Shape
+from moectl.bench.sweep import Settings
 from moectl.errors import MachineError
 from moectl.report.html import write
 

@@ -12,7 +12,7 @@ from small_layer import ROOF, SMALL
 
 from moectl.bench import device as machine
 from moectl.bench import peers
-from moectl.bench.run import Settings
+from moectl.bench.sweep import Settings
 
 
 @pytest.fixture

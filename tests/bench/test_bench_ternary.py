@@ -11,8 +11,8 @@ import torch
 
 from moe_kernels.ternary import decode
 from moectl.bench import coded, ternary
-from moectl.bench.run import Settings
 from moectl.bench.shapes import parse
+from moectl.bench.sweep import Settings
 from moectl.cli.main import app
 from moectl.errors import UsageError
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from moectl.bench import markdown, page, routers, tables
-from moectl.bench.run import Settings
 from moectl.bench.shapes import Shape
+from moectl.bench.sweep import Settings
 from moectl.cli.main import app
 from moectl.errors import UsageError
 from moectl.routers.protocol import Context
@@ -81,7 +81,7 @@ def test_tables_pages_and_documents(settings: Settings, capsys: pytest.CaptureFi
     assert row["backend"] == "hash" and row["model"] == "32,16,8,2"
 
 
-@pytest.mark.parametrize("text", ["nobody", "mixtral:wings=2", "mixtral:top_k=many"])
+@pytest.mark.parametrize("text", ["nobody", "mixtral:wings=2", "mixtral:top_k=many", "mot", "soft-moe"])
 def test_what_cannot_be_asked_for(settings: Settings, text: str) -> None:
     with pytest.raises(UsageError):
         routers.measure(replace(settings, backends=[text]))

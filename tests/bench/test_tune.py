@@ -8,8 +8,8 @@ import pytest
 from moe_kernels import tuning
 from moe_kernels.target import Target
 from moectl.bench import tune
-from moectl.bench.run import Settings
 from moectl.bench.shapes import PRESETS, Shape
+from moectl.bench.sweep import Settings
 from moectl.errors import MachineError
 
 GPU = Target("sm_90", "a GPU that nobody has tuned")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -84,7 +85,7 @@ def test_threads_give_the_same_bits() -> None:
     alone = ternary.matvec(coded, x, ids), ternary.decode(coded)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
-    pool = mock.patch.object(compiled, "ThreadPoolExecutor", wraps=compiled.ThreadPoolExecutor)
+    pool = mock.patch("moe_kernels.cpu.compiled.ThreadPoolExecutor", wraps=ThreadPoolExecutor)
     try:
         with mock.patch.object(compiled, "WORTH_A_THREAD", 1), pool as started:
             together = ternary.matvec(coded, x, ids), ternary.decode(coded)

@@ -16,17 +16,16 @@ rows of x and their expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
+
+from moe_kernels.cpu.compiled import compiled, share
 
 if TYPE_CHECKING:
     from moe_kernels.ternary import Call, TernaryExperts
@@ -70,7 +69,7 @@ def matvec(experts: TernaryExperts, x_SN: Tensor, expert_S: Tensor, y_SR: Tensor
         level_JR2 = experts.levels_ER2[[expert for expert, _, _ in jobs]].float().numpy()
         x = x_SN[order_S].float().contiguous().numpy()
         given = (*_coded(experts), level_JR2, np.array(jobs), x, sums_SR.numpy(), lanes)
-        _share(lambda first, last: _products(*given, first, last), experts.rows, len(jobs) * experts.codes_of_a_row)
+        share(_products, given, experts.rows, _worth(experts, len(jobs)))
     y_SR[order_S] = sums_SR.to(y_SR.dtype)
 
 
@@ -87,32 +86,16 @@ def decode(experts: TernaryExperts, which: Tensor, out_ARN: Tensor) -> None:
     levels, out = experts.levels_ER2.contiguous().view(bits).numpy(), out_ARN.view(bits).numpy()
     known = [(place, expert) for place, expert in enumerate(which.tolist()) if 0 <= expert < experts.experts]
     given = (*_coded(experts), levels, np.array(known, np.int64).reshape(-1, 2), out)
-    _share(lambda first, last: _weights(*given, first, last), experts.rows, len(known) * experts.codes_of_a_row)
+    share(_weights, given, experts.rows, _worth(experts, len(known)))
 
 
 def _coded(experts: TernaryExperts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return experts.codes.numpy(), experts.offsets.numpy(), experts.table.numpy().view(np.uint64)
 
 
-def _share(work: Callable[[int, int], None], rows: int, codes_of_a_row: float) -> None:
-    """`work(first, last)` for all rows, by as many threads as torch may use and are worth starting.
-
-    Plain threads: numba's own (prange) die when two threads of a program call them at once, or after a fork.
-    """
-    threads = int(max(1, min(torch.get_num_threads(), rows * codes_of_a_row / WORTH_A_THREAD)))
-    if threads == 1:
-        work(0, rows)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda part: work(*part), pairwise(rows * part // threads for part in range(threads + 1))))
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, compiled at its first call and kept where there is a place to keep it. It lets other threads run."""
-    try:
-        return njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # neither the package's directory nor the user's cache can be written
-        return njit(nogil=True)(function)
+def _worth(experts: TernaryExperts, matrices: int) -> float:
+    """How many threads so many matrices are worth."""
+    return matrices * experts.rows * experts.codes_of_a_row / WORTH_A_THREAD
 
 
 @intrinsic
