@@ -5,6 +5,8 @@ Whatever a checkpoint, a data file or the Hub says may hold control characters o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def escape(text: str) -> str:
     """`text` with control characters made visible, so that a hostile name cannot drive a terminal."""
@@ -15,6 +17,11 @@ def shown(value: object, limit: int = 120) -> str:
     """`value` for a message: on one line, printable, not longer than a line or two."""
     text = value if isinstance(value, str) else repr(value)
     return escape(text if len(text) <= limit else text[:limit] + "...")
+
+
+def few(lines: Sequence[str], limit: int = 5) -> str:
+    """The first of them on one line, and how many more there are."""
+    return "; ".join(lines[:limit]) + (f"; and {len(lines) - limit} more" if len(lines) > limit else "")
 
 
 def reason(error: Exception, limit: int = 300) -> str:

@@ -7,10 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from moectl.cli import analyzing, options
+from moectl.cli import analyzing, checks, options
 from moectl.errors import CheckFailed, UsageError
-
-BUILTIN = ("builtin:code", "builtin:prose", "builtin:arithmetic")
+from moectl.text import few
 
 
 def analyze_routing(
@@ -36,12 +35,15 @@ def analyze_routing(
             show_default=False,
         ),
     ] = None,
-    html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write a self-contained page.", show_default=False)
-    ] = None,
+    html: options.Page = None,
     trace: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Also keep who went where, of whole documents.", show_default=False),
+        typer.Option(
+            metavar="DIR",
+            help="Also keep who went where, of whole documents.",
+            show_default=False,
+            callback=checks.place,
+        ),
     ] = None,
     trace_size: Annotated[str, typer.Option(metavar="SIZE", help="The most that is kept, as 500MB.")] = "256MiB",
     mask: Annotated[
@@ -85,7 +87,10 @@ def analyze_routing(
     placement: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE.json", help="Write a placement of the experts on --gpus for an engine.", show_default=False
+            metavar="FILE.json",
+            help="Write a placement of the experts on --gpus for an engine.",
+            show_default=False,
+            callback=checks.file,
         ),
     ] = None,
     engine: Annotated[str, typer.Option(help="Who reads the placement: sglang, vllm or vllm-ascend.")] = "sglang",
@@ -98,12 +103,7 @@ def analyze_routing(
         ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to read.")] = 65536,
-    seq_len: Annotated[
-        int | None,
-        typer.Option(
-            min=2, help="Tokens a model sees at once; 1024, or what it can take, when left out.", show_default=False
-        ),
-    ] = None,
+    seq_len: options.SeqLen = None,
     generate: Annotated[int, typer.Option(min=0, help="Tokens to generate after each document, recorded too.")] = 0,
     layerwise: Annotated[
         bool, typer.Option("--layerwise", help="One layer in memory at a time, for models larger than it.")
@@ -132,14 +132,9 @@ def analyze_routing(
     fixed_order: Annotated[
         bool, typer.Option("--fixed-order", help="Experts by number, not by load, in the heat strip.")
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto (float32 on a CPU, else as stored), float32, bfloat16 or float16.")
-    ] = "auto",
-    experts_implementation: Annotated[
-        str | None,
-        typer.Option(help="How experts run: eager, batched_mm, grouped_mm or moectl.", show_default=False),
-    ] = None,
+    device: options.Device = "auto",
+    dtype: options.RunDtype = "auto",
+    experts_implementation: options.ExpertsImplementation = None,
     seed: options.Seed = 0,
     revision: options.Revision = None,
     overwrite: Annotated[
@@ -155,14 +150,15 @@ def analyze_routing(
     are compared token by token; of several, each with the last. --replay, --what-if and --advise answer from the trace,
     with tables of their own in place of that: in a pipe, each of several below a line with its name.
     """
+    from moectl.data.documents import EVERY_BUILTIN
     from moectl.report import output
     from moectl.routing import gate
     from moectl.routing.report import report
     from moectl.routing.study import is_model
 
     conditions = [gate.parse(text) for text in fail_on or ()]
-    most = output.parse_size(trace_size)
-    analyzing.require_places(trace, html, placement, engine, overwrite)
+    most = output.parse_size(trace_size, "--trace-size")
+    analyzing.require_places(trace, placement, engine, overwrite)
     machine = {"gpus": gpus, "gpu_memory_gb": gpu_memory, "link": link, "nodes": nodes}
     file = None if placement is None else {"path": placement, "engine": engine, "overwrite": overwrite}
     asked = analyzing.asked(replay, what_if or [], machine, file, advise=advise)
@@ -179,9 +175,9 @@ def analyze_routing(
     facts = {"num_experts": num_experts, "top_k": top_k, "layers": layers}
     if any(run) and any(fact is not None for fact in facts.values()):
         raise UsageError("--num-experts, --top-k and --layers are for traces.", "A model knows.", "Leave them out.")
-    text = tuple(data or BUILTIN)
+    text = tuple(data or EVERY_BUILTIN)
     if any(run) and not data:
-        output.note(f"Without --data the text is {', '.join(BUILTIN)}.", quiet=quiet)
+        output.note(f"Without --data the text is {', '.join(EVERY_BUILTIN)}.", quiet=quiet)
     settings: dict[str, Any] = {
         "max_tokens": max_tokens,
         "sequence_length": seq_len,
@@ -208,5 +204,4 @@ def analyze_routing(
     analyzing.show(found, files, json=json, quiet=quiet, by_number=fixed_order)
     failed = [line for condition in conditions for line in gate.failures(condition, found.rows)]
     if failed:
-        shown = "; ".join(failed[:5]) + (f"; and {len(failed) - 5} more" if len(failed) > 5 else "")
-        raise CheckFailed(f"{shown}.", "--fail-on says so.", "Look at the table, or change the condition.")
+        raise CheckFailed(f"{few(failed)}.", "--fail-on says so.", "Look at the table, or change the condition.")

@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moectl.cli import writing
-
 if TYPE_CHECKING:
     from moectl.routing.answers import Asked
     from moectl.routing.masking import Mask
@@ -75,7 +73,7 @@ def alike(study: Study, quiet: bool) -> list[Alike]:
         return alike(study.checkpoint, advance)
 
 
-def require_places(trace: Path | None, html: Path | None, placement: Path | None, engine: str, overwrite: bool) -> None:
+def require_places(trace: Path | None, placement: Path | None, engine: str, overwrite: bool) -> None:
     """Refuse places that could not be written after all the work."""
     from moectl.routing.placement import export
     from moectl.traces.store import require_place
@@ -84,7 +82,6 @@ def require_places(trace: Path | None, html: Path | None, placement: Path | None
         require_place(trace, overwrite=overwrite)
     if placement is not None:
         export.require_place(placement, engine, overwrite=overwrite)
-    writing.check_page(html)
 
 
 def asked(

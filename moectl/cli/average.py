@@ -6,9 +6,12 @@ from typing import Annotated
 
 import typer
 
-from moectl.cli import options, writing
+from moectl.cli import writing
+from moectl.cli.groups import grouped
+from moectl.cli.opening import warn_of
 
 
+@grouped
 def average(
     models: Annotated[
         list[str],
@@ -26,38 +29,19 @@ def average(
     allow_tokenizer_mismatch: Annotated[
         bool, typer.Option("--allow-tokenizer-mismatch", help="Average models whose tokenizers differ all the same.")
     ] = False,
-    push_to_hub: writing.PushToHub = None,
-    worker: writing.Worker = None,
-    allow_nonfinite: writing.AllowNonfinite = False,
-    dry_run: writing.DryRun = False,
-    overwrite: writing.Overwrite = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
+    *,
+    how: writing.Writing,
 ) -> None:
     """Average the weights of dense models, in float64 and rounded once: what a mixture of them has to beat.
 
     The models must be of one shape and share a tokenizer: branches of one seed model. stdout is the path of OUT. The
     same command resumes after an interruption.
     """
-    from time import perf_counter
-
     from moectl.report import output
     from moectl.upcycle.average import plan_average, weights_of
     from moectl.upcycle.btx_models import open_models
     from moectl.upcycle.btx_recipe import BtxRecipe, Expert
 
-    how = writing.Writing(
-        out=out,
-        push_to_hub=push_to_hub,
-        worker=worker,
-        allow_nonfinite=allow_nonfinite,
-        dry_run=dry_run,
-        overwrite=overwrite,
-        json=json,
-        quiet=quiet,
-        started=perf_counter(),
-    )
-    how.check()
     recipe = BtxRecipe(
         tuple(Expert(name) for name in models),
         average=weights or "mean",
@@ -69,8 +53,7 @@ def average(
     weights_of(recipe)
     recipe.check()
     opened = open_models(recipe)
-    for warning in dict.fromkeys(warning for source in opened.sources for warning in source.warnings):
-        output.warn(warning)
+    warn_of(opened.sources)
     plan = plan_average(opened, recipe)
     names = ", ".join(model.name for model in opened.members)
-    writing.carry_out(plan, how, headline=f"{names} ({plan.facts['family']}) -> their weight average")
+    writing.carry_out(plan, out, how, headline=f"{names} ({plan.facts['family']}) -> their weight average")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,31 +11,21 @@ import typer
 
 from moectl.cli import options
 from moectl.cli.benching import (
-    Baseline,
-    Clock,
-    Device,
+    Delivery,
     Dtype,
-    FailSlower,
-    Html,
-    Models,
-    Output,
+    Layers,
     Routing,
-    Shapes,
     Threads,
     Time,
-    Tokens,
+    Timing,
     TpSize,
     choices,
-    deliver,
     dtypes_of,
     export_choices,
-    gate,
-    keep,
-    limit_of,
-    progress,
     read_text,
     settings_of,
 )
+from moectl.cli.groups import grouped
 from moectl.errors import UsageError
 
 app = typer.Typer(
@@ -53,11 +43,17 @@ KERNELS: dict[str, dict[str, Any]] = {
 """What `bench kernels` measures, and what it measures by default."""
 
 
+@dataclass(frozen=True, slots=True)
+class ShortTiming(Timing):
+    """The same where there are many rows."""
+
+    time: Time = 0.1
+
+
 @app.command("layer")
+@grouped
 def layer(
-    models: Models = None,
-    shape: Shapes = None,
-    tokens: Tokens = None,
+    layers: Layers,
     what: Annotated[
         str, typer.Option(help="fwd, bwd, train (both) or decode (a CUDA graph); several with commas.")
     ] = "fwd",
@@ -76,18 +72,9 @@ def layer(
         typer.Option(metavar="vllm DIR", help="Write the launch choices for another engine.", show_default=False),
     ] = None,
     tp_size: TpSize = 1,
-    device: Device = "auto",
-    threads: Threads = None,
-    clock: Clock = "wall",
-    time: Time = 0.5,
-    seed: options.Seed = 0,
-    revision: options.Revision = None,
-    json: options.Json = False,
-    html: Html = None,
-    output: Output = None,
-    baseline: Baseline = None,
-    fail_slower: FailSlower = None,
-    quiet: options.Quiet = False,
+    *,
+    timing: Timing,
+    delivery: Delivery,
 ) -> None:
     """Measure one expert layer: all backends on the same inputs, in turn, with errors, floors and memory.
 
@@ -97,7 +84,7 @@ def layer(
     from moectl.bench import peers, roofline, rows, run
     from moectl.report import output as report
 
-    settings = settings_of(models, shape, tokens, dtype, routing, tp_size, device, threads, clock, time, seed, revision)
+    settings = settings_of(layers, timing, dtype, routing, tp_size)
     settings = replace(
         settings,
         what=choices("--what", what, roofline.WHATS),
@@ -106,44 +93,33 @@ def layer(
         compile=compile,
         check=check,
     )
-    limit = limit_of(baseline, fail_slower)
-    say = progress(quiet)
     if tune:
         from moectl.bench import tune as tuner
 
-        path = tuner.tune(settings, tune_time, say, lambda reason: report.note(reason, quiet=quiet))
-        report.note(f"Launch choices kept in {path}." if path else "Nothing was tuned.", quiet=quiet)
+        path = tuner.tune(
+            settings, tune_time, delivery.announce, lambda reason: report.note(reason, quiet=delivery.quiet)
+        )
+        report.note(f"Launch choices kept in {path}." if path else "Nothing was tuned.", quiet=delivery.quiet)
     if export is not None:
-        export_choices(settings, export, quiet)
-    document = run.measure(settings, say, keep(output))
-    deliver(document, json=json, html=html, file=output, quiet=quiet)
-    gate(document, baseline, limit, quiet)
+        export_choices(settings, export, delivery.quiet)
+    document = run.measure(settings, delivery.announce, delivery.keep)
+    delivery.hand_over(document)
     rows.require_good(document)
 
 
 @app.command("kernels")
+@grouped
 def kernels(
-    models: Models = None,
-    shape: Shapes = None,
-    tokens: Tokens = None,
+    layers: Layers,
     what: Annotated[str, typer.Option(help="stages, or ternary: products with coded experts beside dense ones.")] = (
         "stages"
     ),
     dtype: Dtype = None,
     routing: Routing = "uniform",
     tp_size: TpSize = 1,
-    device: Device = "auto",
-    threads: Threads = None,
-    clock: Clock = "wall",
-    time: Time = 0.5,
-    seed: options.Seed = 0,
-    revision: options.Revision = None,
-    json: options.Json = False,
-    html: Html = None,
-    output: Output = None,
-    baseline: Baseline = None,
-    fail_slower: FailSlower = None,
-    quiet: options.Quiet = False,
+    *,
+    timing: Timing,
+    delivery: Delivery,
 ) -> None:
     """Measure the stages of moectl's own layer, from the router to the backward pass; or ternary experts.
 
@@ -154,38 +130,23 @@ def kernels(
 
     if len(choices("--what", what, tuple(KERNELS))) > 1:
         raise UsageError("`bench kernels` takes one --what.", "They have different tables.", "Run it twice.")
-    settings = settings_of(
-        models, shape, tokens, dtype, routing, tp_size, device, threads, clock, time, seed, revision, **KERNELS[what]
-    )
-    limit = limit_of(baseline, fail_slower)
+    settings = settings_of(layers, timing, dtype, routing, tp_size, **KERNELS[what])
     measure = ternary.measure if what == "ternary" else stages.measure
-    document = measure(settings, progress(quiet), keep(output))
-    deliver(document, json=json, html=html, file=output, quiet=quiet)
-    gate(document, baseline, limit, quiet)
+    delivery.hand_over(measure(settings, delivery.announce, delivery.keep))
 
 
 @app.command("routers")
+@grouped
 def routers(
-    models: Models = None,
-    shape: Shapes = None,
-    tokens: Tokens = None,
+    layers: Layers,
     router: Annotated[
         str | None,
         typer.Option(metavar="NAME[:OPTION=VALUE,...],...", help="Some of them; all by default.", show_default=False),
     ] = None,
     dtype: Dtype = None,
-    device: Device = "auto",
-    threads: Threads = None,
-    clock: Clock = "wall",
-    time: Time = 0.1,
-    seed: options.Seed = 0,
-    revision: options.Revision = None,
-    json: options.Json = False,
-    html: Html = None,
-    output: Output = None,
-    baseline: Baseline = None,
-    fail_slower: FailSlower = None,
-    quiet: options.Quiet = False,
+    *,
+    timing: ShortTiming,
+    delivery: Delivery,
 ) -> None:
     """Measure every router: tokens per second, balance, and the share it drops; beside plain torch where ours is fused.
 
@@ -193,15 +154,13 @@ def routers(
     """
     from moectl.bench import routers as routing
 
-    settings = settings_of(models, shape, tokens, dtype, "uniform", 1, device, threads, clock, time, seed, revision)
+    settings = settings_of(layers, timing, dtype)
     settings = replace(settings, backends=[router] if router else [])
-    limit = limit_of(baseline, fail_slower)
-    document = routing.measure(settings, progress(quiet), keep(output))
-    deliver(document, json=json, html=html, file=output, quiet=quiet)
-    gate(document, baseline, limit, quiet)
+    delivery.hand_over(routing.measure(settings, delivery.announce, delivery.keep))
 
 
 @app.command("model")
+@grouped
 def model(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Directories, Hub ids or hf://org/name@rev.")],
     backend: Annotated[
@@ -213,16 +172,12 @@ def model(
     batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="How often everything is measured.")] = 5,
     dtype: Annotated[str | None, typer.Option(help="bfloat16 on a GPU, else float32.", show_default=False)] = None,
-    device: Device = "auto",
+    device: options.Device = "auto",
     threads: Threads = None,
     seed: options.Seed = 0,
     revision: options.Revision = None,
-    json: options.Json = False,
-    html: Html = None,
-    output: Output = None,
-    baseline: Baseline = None,
-    fail_slower: FailSlower = None,
-    quiet: options.Quiet = False,
+    *,
+    delivery: Delivery,
 ) -> None:
     """Measure whole models side by side: prefill, time to first token, decode, generate and memory.
 
@@ -235,14 +190,11 @@ def model(
     dtypes = dtypes_of(dtype, names[0])
     if len(dtypes) > 1:
         raise UsageError("`bench model` takes one --dtype.", "A model is loaded once.", "Run it twice.")
-    limit = limit_of(baseline, fail_slower)
     backends = [word.strip() for word in backend.split(",") if word.strip()] if backend else [whole.AS_LOADED]
     settings = whole.Settings(
         models, backends, prompt, new_tokens, batch, rounds, dtypes[0], device, threads, seed, revision
     )
-    document = whole.measure(settings, progress(quiet))
-    deliver(document, json=json, html=html, file=output, quiet=quiet)
-    gate(document, baseline, limit, quiet)
+    delivery.hand_over(whole.measure(settings, delivery.announce))
 
 
 @app.command("report")

@@ -3,91 +3,194 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moectl.cli import checks, options
 from moectl.errors import UsageError
 
 if TYPE_CHECKING:
-    from moectl.bench.run import Settings
+    from moectl.bench.sweep import Settings
 
-Models = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[MODEL]...", help="Presets (qwen3-30b-a3b, ...), directories, config.json files or Hub ids."
-    ),
-]
-Shapes = Annotated[
-    list[str] | None, typer.Option("--shape", metavar="d,f,E,k", help="A shape written out; repeatable.")
-]
-Tokens = Annotated[str | None, typer.Option(help="Tokens per call, as 1,16,128.", show_default=False)]
 Dtype = Annotated[
     str | None, typer.Option(help="float32 (fp32), bfloat16 (bf16), float16 (fp16), float64; several with commas.")
 ]
 Routing = Annotated[str, typer.Option(help="uniform, balanced, zipf:EXPONENT, hot:SHARE or trace:FILE.")]
 TpSize = Annotated[int, typer.Option(min=1, help="Divide the expert width, as tensor parallelism does.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch on a CPU.", show_default=False)]
-Clock = Annotated[str, typer.Option(help="wall; or cpu, the CPU time of one thread, on a machine shared with others.")]
 Time = Annotated[float, typer.Option(min=0.001, help="Seconds to measure each row for, about.")]
-Html = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Also write a self-contained page.", show_default=False)
-]
-Output = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", metavar="FILE", help="Also write the JSON document.", show_default=False),
-]
-Baseline = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="An older result to compare with.", show_default=False)
-]
-FailSlower = Annotated[
-    str | None, typer.Option(metavar="5%", help="Exit with 5 if a row is slower than in --baseline by more than this.")
-]
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """The expert layers to measure, and how many tokens they are given."""
+
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL]...", help="Presets (qwen3-30b-a3b, ...), directories, config.json files or Hub ids."
+        ),
+    ] = None
+    shape: Annotated[
+        list[str] | None, typer.Option("--shape", metavar="d,f,E,k", help="A shape written out; repeatable.")
+    ] = None
+    tokens: Annotated[str | None, typer.Option(help="Tokens per call, as 1,16,128.", show_default=False)] = None
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """On what, and how, they are measured."""
+
+    device: options.Device = "auto"
+    threads: Threads = None
+    clock: Annotated[
+        str, typer.Option(help="wall; or cpu, the CPU time of one thread, on a machine shared with others.")
+    ] = "wall"
+    time: Time = 0.5
+    seed: options.Seed = 0
+    revision: options.Revision = None
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """Where a result goes, and what it is compared with: looked at before minutes of measuring.
+
+    Raises:
+        InputError: the baseline is no result.
+        UsageError: --fail-slower without a baseline, or not a share.
+    """
+
+    json: options.Json = False
+    html: options.Page = None
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            *("--output", "-o"),
+            metavar="FILE",
+            help="Also write the JSON document.",
+            show_default=False,
+            callback=checks.file,
+        ),
+    ] = None
+    baseline: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="An older result to compare with.", show_default=False)
+    ] = None
+    fail_slower: Annotated[
+        str | None,
+        typer.Option(metavar="5%", help="Exit with 5 if a row is slower than in --baseline by more than this."),
+    ] = None
+    quiet: options.Quiet = False
+
+    def __post_init__(self) -> None:
+        from moectl.bench.baseline import parse_limit, read
+
+        if self.fail_slower is not None and self.baseline is None:
+            raise UsageError(
+                "--fail-slower needs --baseline.", "There is nothing to compare with.", "Give an older result."
+            )
+        if self.baseline is not None:
+            read(self.baseline)
+        if self.fail_slower is not None:
+            parse_limit(self.fail_slower)
+
+    def announce(self, title: str) -> None:
+        """Say on a terminal what is being measured."""
+        from moectl.report import output
+
+        output.note(f"measuring {title}", quiet=self.quiet or not sys.stderr.isatty())
+
+    def keep(self, document: dict[str, Any]) -> None:
+        """Write --output while there is more to measure, so that a run that is stopped leaves what it has."""
+        from moectl.bench.baseline import SCHEMA
+        from moectl.report import html, output
+
+        if self.output is not None:
+            html.write(self.output, output.json_text(SCHEMA, document | _told(document)))
+
+    def hand_over(self, document: dict[str, Any]) -> None:
+        """The result on stdout and into the files that were asked for, and how it compares with --baseline.
+
+        Raises:
+            CheckFailed: a row is slower by more than --fail-slower.
+        """
+        from moectl.bench import page, tables
+        from moectl.bench.baseline import SCHEMA
+        from moectl.report import html as pages
+        from moectl.report import output
+
+        document |= _told(document)
+        if self.output is not None:
+            pages.write(self.output, output.json_text(SCHEMA, document))
+        if self.html is not None:
+            pages.write(self.html, page.render(document))
+        if self.json:
+            output.emit_json(SCHEMA, document)
+        elif sys.stdout.isatty():
+            for title, columns, rows in tables.short(document):
+                output.emit_table(columns, rows, title)
+        else:
+            output.emit_table(*tables.full(document))
+        output.note(document["finding"] + ".", quiet=self.quiet)
+        for reason in tables.missing(document):
+            if reason.startswith(("moectl:", "moectl at ")):
+                output.warn(f"not measured: {reason}")
+            else:
+                output.note("  " + reason, quiet=self.quiet or not sys.stderr.isatty())
+        self._compare(document)
+
+    def _compare(self, document: dict[str, Any]) -> None:
+        from moectl.bench.baseline import compare, parse_limit, read
+        from moectl.report import output
+
+        if self.baseline is None:
+            return
+        found = compare(document, read(self.baseline))
+        for name, ratio in found.ratios.items():
+            output.note(f"{name}: {ratio:.3g} of the time in the baseline", quiet=self.quiet)
+        for name in found.gone:
+            output.warn(f"{name} is in the baseline and was not measured now.")
+        for name in found.new:
+            output.note(f"{name} is not in the baseline.", quiet=self.quiet)
+        if self.fail_slower is not None:
+            found.require(parse_limit(self.fail_slower))
 
 
 def settings_of(
-    models: list[str] | None,
-    shapes: list[str] | None,
-    tokens: str | None,
+    layers: Layers,
+    timing: Timing,
     dtype: str | None,
-    routing: str,
-    tp_size: int,
-    device: str,
-    threads: int | None,
-    clock: str,
-    seconds: float,
-    seed: int,
-    revision: str | None,
+    routing: str = "uniform",
+    tp_size: int = 1,
     *,
     presets: list[str] | None = None,
     counts: str | None = None,
 ) -> Settings:
-    """What `layer` and `kernels` have in common; the defaults depend on the device. `presets` are those of a GPU."""
+    """What is to be measured; the defaults depend on the device. `presets` are those of a GPU."""
     from moectl.bench import device as machine
-    from moectl.bench.run import Settings
     from moectl.bench.shapes import choose
+    from moectl.bench.sweep import Settings
 
-    choices("--device", device, ("auto", "cpu", "cuda"))
-    choices("--clock", clock, ("wall", "cpu"))
-    kind = machine.pick(device).type
+    choices("--clock", timing.clock, ("wall", "cpu"))
+    kind = machine.pick(timing.device).type
+    models, shapes = layers.models or [], layers.shape or []
     if not models and not shapes:
         models, shapes = (presets or ["qwen3-30b-a3b"], []) if kind == "cuda" else ([], ["512,256,32,4"])
-    tokens = tokens or counts or ("1,16,128,4096,32768" if kind == "cuda" else "1,16,128")
+    tokens = layers.tokens or counts or ("1,16,128,4096,32768" if kind == "cuda" else "1,16,128")
     return Settings(
-        choose(models or [], shapes or [], tp_size, revision),
+        choose(models, shapes, tp_size, timing.revision),
         _counts(tokens),
         what=["fwd"],
         dtypes=dtypes_of(dtype, kind),
         backends=[],
         routing=routing,
-        device=device,
-        threads=threads,
-        seed=seed,
-        clock=clock,
-        seconds=seconds,
+        device=timing.device,
+        threads=timing.threads,
+        seed=timing.seed,
+        clock=timing.clock,
+        seconds=timing.time,
     )
 
 
@@ -123,24 +226,6 @@ def _counts(text: str) -> list[int]:
     return list(dict.fromkeys(int(word) for word in words))
 
 
-def limit_of(baseline: Path | None, fail_slower: str | None) -> float | None:
-    """The share of --fail-slower; both options are looked at before minutes of measuring.
-
-    Raises:
-        InputError: the baseline is no result.
-        UsageError: there is none, or the share is not one.
-    """
-    from moectl.bench.baseline import parse_limit, read
-
-    if fail_slower is not None and baseline is None:
-        raise UsageError(
-            "--fail-slower needs --baseline.", "There is nothing to compare with.", "Give an older result."
-        )
-    if baseline is not None:
-        read(baseline)
-    return None if fail_slower is None else parse_limit(fail_slower)
-
-
 def export_choices(settings: Settings, export: tuple[str, Path], quiet: bool) -> None:
     """Write --export's files.
 
@@ -166,40 +251,6 @@ def export_choices(settings: Settings, export: tuple[str, Path], quiet: bool) ->
         output.note(f"vLLM finds {path} with VLLM_TUNED_CONFIG_FOLDER={folder}.", quiet=quiet)
 
 
-def progress(quiet: bool) -> Any:
-    """Say on a terminal what is being measured."""
-    from moectl.report import output
-
-    return lambda title: output.note(f"measuring {title}", quiet=quiet or not sys.stderr.isatty())
-
-
-def deliver(document: dict[str, Any], *, json: bool, html: Path | None, file: Path | None, quiet: bool) -> None:
-    """The result on stdout, and into the files that were asked for."""
-    from moectl.bench import page, tables
-    from moectl.bench.baseline import SCHEMA
-    from moectl.report import html as pages
-    from moectl.report import output
-
-    document |= _told(document)
-    if file is not None:
-        pages.write(file, output.json_text(SCHEMA, document))
-    if html is not None:
-        pages.write(html, page.render(document))
-    if json:
-        output.emit_json(SCHEMA, document)
-    elif sys.stdout.isatty():
-        for title, columns, rows in tables.short(document):
-            output.emit_table(columns, rows, title)
-    else:
-        output.emit_table(*tables.full(document))
-    output.note(document["finding"] + ".", quiet=quiet)
-    for reason in tables.missing(document):
-        if reason.startswith(("moectl:", "moectl at ")):
-            output.warn(f"not measured: {reason}")
-        else:
-            output.note("  " + reason, quiet=quiet or not sys.stderr.isatty())
-
-
 def _told(document: dict[str, Any]) -> dict[str, str]:
     """The command, and what came of it in one sentence."""
     import shlex
@@ -208,38 +259,6 @@ def _told(document: dict[str, Any]) -> dict[str, str]:
 
     words = (Path(word).name if word.startswith("/") else word for word in sys.argv[1:])
     return {"command": shlex.join(["moectl", *words]), "finding": tables.finding(document)}
-
-
-def keep(file: Path | None) -> Callable[[dict[str, Any]], None] | None:
-    """What writes --output while there is more to measure, so that a run that is stopped leaves what it has."""
-    from moectl.bench.baseline import SCHEMA
-    from moectl.report import html, output
-
-    if file is None:
-        return None
-    return lambda document: html.write(file, output.json_text(SCHEMA, document | _told(document)))
-
-
-def gate(document: dict[str, Any], baseline: Path | None, limit: float | None, quiet: bool) -> None:
-    """Tell how it compares with --baseline.
-
-    Raises:
-        CheckFailed: a row is slower by more than the limit.
-    """
-    from moectl.bench.baseline import compare, read
-    from moectl.report import output
-
-    if baseline is None:
-        return
-    found = compare(document, read(baseline))
-    for name, ratio in found.ratios.items():
-        output.note(f"{name}: {ratio:.3g} of the time in the baseline", quiet=quiet)
-    for name in found.gone:
-        output.warn(f"{name} is in the baseline and was not measured now.")
-    for name in found.new:
-        output.note(f"{name} is not in the baseline.", quiet=quiet)
-    if limit is not None:
-        found.require(limit)
 
 
 def read_text(path: Path) -> str:

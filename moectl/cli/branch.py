@@ -7,31 +7,31 @@ from typing import Annotated, Any
 
 import typer
 
-from moectl.cli import options, training, writing
+from moectl.cli import checks, options, training, writing
+from moectl.cli.groups import grouped
+from moectl.errors import UsageError
+from moectl.text import escape
 
 
+@grouped
 def branch(
     seed_model: Annotated[str, typer.Argument(metavar="SEED", help="Directory, Hub id or hf://org/name@rev.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the branches, one in each DIR/DOMAIN.")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="Directory of the branches, one in each DIR/DOMAIN.", callback=checks.place),
+    ],
     data: Annotated[list[str], typer.Option(metavar="SPEC", help="One domain: a file, directory, dataset; repeat it.")],
     domain: Annotated[
         list[str] | None,
         typer.Option(help="Train only this domain, as one of several machines; repeatable.", show_default=False),
     ] = None,
-    steps: training.Steps = 1000,
-    batch_size: training.BatchSize = 16,
-    seq_len: training.SeqLen = 512,
-    accumulate: training.Accumulate = 1,
-    lr: training.Lr = 1e-4,
-    schedule: training.Schedule = "cosine",
-    warmup: training.Warmup = 0,
-    min_lr: training.MinLr = 0.1,
-    weight_decay: training.WeightDecay = 0.1,
-    clip: training.Clip = 1.0,
+    *,
+    steps: training.Steps,
+    schedule: training.Schedule,
     dtype: training.Compute = "float32",
     save_every: training.SaveEvery = 100,
     keep: training.Keep = 2,
-    device: training.Device = "auto",
+    device: options.Device = "auto",
     seed: options.Seed = 0,
     revision: options.Revision = None,
     overwrite: writing.Overwrite = False,
@@ -43,6 +43,8 @@ def branch(
     Each is an independent moectl train with that one --data (Branch-Train-MiX, arXiv 2403.07816): here one after the
     other, or with --domain anywhere and at once. stdout is the path of each; the same command resumes.
     """
+    from dataclasses import asdict
+
     from moectl.checkpoint.source import Checkpoint
     from moectl.report import output
     from moectl.training.branch import branches
@@ -51,20 +53,16 @@ def branch(
 
     recipe = TrainRecipe(
         data=tuple(data),
-        steps=steps,
-        batch_size=batch_size,
-        sequence_length=seq_len,
-        accumulate=accumulate,
-        learning_rate=lr,
-        schedule=schedule,
-        warmup=warmup,
-        min_rate=min_lr,
-        weight_decay=weight_decay,
-        clip=clip,
+        **asdict(steps),
+        **asdict(schedule),
         dtype=dtype,
         seed=seed,
     )
     recipe.check()
+    if (out / "config.json").exists():
+        raise UsageError(
+            f"{escape(str(out))} is a checkpoint.", "Branches are put in a directory of their own.", "Give another -o."
+        )
     wanted = branches(recipe, out, domain or ())
     source = Checkpoint.open(seed_model, revision)
     done: list[dict[str, Any]] = []

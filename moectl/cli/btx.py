@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moectl.cli import options, writing
+from moectl.cli.groups import grouped
+from moectl.cli.opening import warn_of
 from moectl.errors import UsageError
 
 if TYPE_CHECKING:
     from moectl.upcycle.btx_recipe import BtxRecipe
 
 
+@grouped
 def btx(
     out: writing.Out,
     experts: Annotated[
@@ -45,7 +48,7 @@ def btx(
         typer.Option(help="Everything but FFNs: mean, base, or one weight per model, such as 2,1,1. [default: mean]"),
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="Experts each token is sent to. [default: 2]")] = None,
-    into: Annotated[str | None, typer.Option(help="MoE family to write; the family's default when left out.")] = None,
+    into: options.Into = None,
     layers: Annotated[
         str | None, typer.Option(help="MoE layers: all, every:2, last:6, or 0,3,5. [default: all]")
     ] = None,
@@ -86,13 +89,8 @@ def btx(
     shard_size: Annotated[
         str | None, typer.Option(help="Largest shard: bytes, or with kB, MB, GB, TB. [default: 5GB]")
     ] = None,
-    push_to_hub: writing.PushToHub = None,
-    worker: writing.Worker = None,
-    allow_nonfinite: writing.AllowNonfinite = False,
-    dry_run: writing.DryRun = False,
-    overwrite: writing.Overwrite = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
+    *,
+    how: writing.Writing,
 ) -> None:
     """Mix dense models into one MoE: an expert of each, everything else averaged (BTX, arXiv 2403.07816).
 
@@ -102,25 +100,11 @@ def btx(
     run again takes them. Options given beside --recipe stand before what it says. stdout is the path of OUT. The same
     command resumes after an interruption.
     """
-    from time import perf_counter
-
     from moectl.report import output
     from moectl.upcycle.btx import plan_btx
     from moectl.upcycle.btx_models import open_models
     from moectl.upcycle.btx_recipe import Expert
 
-    how = writing.Writing(
-        out=out,
-        push_to_hub=push_to_hub,
-        worker=worker,
-        allow_nonfinite=allow_nonfinite,
-        dry_run=dry_run,
-        overwrite=overwrite,
-        json=json,
-        quiet=quiet,
-        started=perf_counter(),
-    )
-    how.check()
     asked, notes = _recipe(experts, recipe)
     given: dict[str, Any] = {
         "include_seed": Expert(include_seed) if include_seed else None,
@@ -146,15 +130,14 @@ def btx(
     asked = _with_data(asked, data)
     asked.check()
     for note in notes:
-        output.note(note, quiet=quiet)
+        output.note(note, quiet=how.quiet)
     models = open_models(asked)
-    warnings = dict.fromkeys(warning for source in models.sources for warning in source.warnings)
-    for warning in warnings:
-        output.warn(warning)
-    with writing.statistics(out, dry_run=dry_run) as place:
+    warn_of(models.sources)
+    with writing.statistics(out, dry_run=how.dry_run) as place:
         plan = plan_btx(models, asked, place)
         writing.carry_out(
             plan,
+            out,
             how,
             headline=f"{', '.join(model.name for model in models.members)} ({plan.facts['source_family']}) -> "
             f"{plan.facts['family']}, {asked.num_experts} experts, top {asked.top_k}",

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moectl.cli import options, writing
+from moectl.cli.groups import grouped
+from moectl.cli.opening import opened
 from moectl.cli.qmoe import qmoe
 from moectl.errors import MoectlError
 
@@ -40,6 +42,7 @@ app.command("qmoe")(qmoe)
 
 
 @app.command()
+@grouped
 def prune(
     model: options.Model,
     out: writing.Out,
@@ -73,23 +76,19 @@ def prune(
     no_eval: Annotated[
         bool, typer.Option("--no-eval", help="Do not measure loss and generation before and after.")
     ] = False,
-    html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write the report as a page.", show_default=False)
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    html: options.ReportPage = None,
+    device: options.Device = "auto",
     dtype: Annotated[
         str,
-        typer.Option(help="To measure in: auto (float32 on a CPU, else as stored), float32, bfloat16 or float16."),
+        typer.Option(
+            help="To measure in: auto (float32 on a CPU, else as stored), float32, bfloat16 or float16.",
+            callback=options.known_dtype,
+        ),
     ] = "auto",
     shard_size: writing.ShardSize = "5GB",
     revision: options.Revision = None,
-    push_to_hub: writing.PushToHub = None,
-    worker: writing.Worker = None,
-    allow_nonfinite: writing.AllowNonfinite = False,
-    dry_run: writing.DryRun = False,
-    overwrite: writing.Overwrite = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
+    *,
+    how: writing.Writing,
 ) -> None:
     """Remove the experts of MODEL that matter least, the same number in every layer: a standard smaller checkpoint.
 
@@ -97,58 +96,42 @@ def prune(
     does, and is kept in OUT.statistics or in --scores, from where any other ratio follows without running the model.
     What stays is good on text like --data: loss and generation on its held-out part are printed domain by domain.
     """
-    from time import perf_counter
-
-    from moectl.checkpoint.source import Checkpoint
-    from moectl.compress.calibration import BUILTIN, Calibration
+    from moectl.compress.calibration import Calibration
     from moectl.compress.prune.calibration import scores_for
     from moectl.compress.prune.layout import layout_of
     from moectl.compress.prune.plan import plan_prune
     from moectl.compress.prune.recipe import PruneRecipe
     from moectl.compress.prune.scores import never_routed
+    from moectl.data.documents import EVERY_BUILTIN
     from moectl.report import output
 
-    how = writing.Writing(
-        out=out,
-        push_to_hub=push_to_hub,
-        worker=worker,
-        allow_nonfinite=allow_nonfinite,
-        dry_run=dry_run,
-        overwrite=overwrite,
-        json=json,
-        quiet=quiet,
-        started=perf_counter(),
-    )
     recipe = PruneRecipe(method, ratio, keep, output.parse_size(shard_size))
     recipe.check()
-    how.check()
-    writing.check_page(html)
-    source = Checkpoint.open(model, revision)
-    for warning in source.warnings:
-        output.warn(warning)
+    source = opened(model, revision)
     layout = layout_of(source)
     if layout.extra:
         output.warn(f"{len(layout.extra)} tensors of layers that predict further tokens are left out.")
     calibration = Calibration(tuple(data) if data else None, samples, seq_len, max_tokens, device, dtype)
-    file = None if scores is None or (dry_run and not scores.exists()) else scores
-    with writing.statistics(out, dry_run=dry_run) as place:
-        measured = scores_for(layout, recipe, calibration, place, file, lambda text: output.note(text, quiet=quiet))
+    file = None if scores is None or (how.dry_run and not scores.exists()) else scores
+    with writing.statistics(out, dry_run=how.dry_run) as place:
+        measured = scores_for(layout, recipe, calibration, place, file, lambda text: output.note(text, quiet=how.quiet))
     if measured and (unseen := never_routed(measured)):
-        output.note(f"{unseen} of {len(layout.layers) * layout.experts} experts were given no token.", quiet=quiet)
-    if measured and measured.about.get("data") == list(BUILTIN):
+        output.note(f"{unseen} of {len(layout.layers) * layout.experts} experts were given no token.", quiet=how.quiet)
+    if measured and measured.about.get("data") == list(EVERY_BUILTIN):
         output.warn(_BUILTIN_COST)
     plan = plan_prune(layout, recipe, measured)
     facts = plan.facts
-    specs = tuple(dict.fromkeys((*(data or ()), *BUILTIN)))
+    specs = tuple(dict.fromkeys((*(data or ()), *EVERY_BUILTIN)))
     writing.carry_out(
         plan,
+        out,
         how,
         headline=f"{source.name} ({source.model_type}, {output.count(facts['source_parameters'])}) -> "
         f"{facts['experts']} of {facts['source_experts']} experts, top {facts['top_k']}",
         against=(model,) if facts["exact"] else (),
         schema="moectl.compress/1",
         measure=lambda: _told(
-            plan, measured, out, html, () if no_eval or facts["exact"] else specs, device, quiet=quiet
+            plan, measured, out, html, () if no_eval or facts["exact"] else specs, device, quiet=how.quiet
         ),
     )
 

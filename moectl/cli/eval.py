@@ -12,8 +12,6 @@ from moectl.errors import CheckFailed, UsageError
 if TYPE_CHECKING:
     from moectl.evaluation.run import Evaluation
 
-BUILTIN = ("builtin:code", "builtin:prose", "builtin:arithmetic")
-
 
 def evaluate(
     models: Annotated[
@@ -57,20 +55,10 @@ def evaluate(
         ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens per domain, as the first model counts.")] = 32768,
-    seq_len: Annotated[
-        int | None,
-        typer.Option(
-            min=2, help="Tokens a model sees at once; 1024, or what it can take, when left out.", show_default=False
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto (float32 on a CPU, else as stored), float32, bfloat16 or float16.")
-    ] = "auto",
-    experts_implementation: Annotated[
-        str | None,
-        typer.Option(help="How experts run: eager, batched_mm, grouped_mm or moectl.", show_default=False),
-    ] = None,
+    seq_len: options.SeqLen = None,
+    device: options.Device = "auto",
+    dtype: options.RunDtype = "auto",
+    experts_implementation: options.ExpertsImplementation = None,
     seed: options.Seed = 0,
     revision: options.Revision = None,
     json: options.Json = False,
@@ -82,6 +70,7 @@ def evaluate(
     is in nats per token of the model's own tokenizer; bits per byte compare models of any tokenizer. The difference is
     in bits per byte, against the first model, paired by document.
     """
+    from moectl.data.documents import EVERY_BUILTIN
     from moectl.evaluation import gate
     from moectl.evaluation.harness import require_harness
     from moectl.report import output
@@ -101,7 +90,7 @@ def evaluate(
 
     settings = Settings(
         models=tuple(models),
-        data=tuple(data or BUILTIN) if measured_text else (),
+        data=tuple(data or EVERY_BUILTIN) if measured_text else (),
         ensemble=ensemble or bool(member),
         members=tuple(member or ()),
         tasks=wanted,

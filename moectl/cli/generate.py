@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from moectl.cli import options
+from moectl.cli.opening import opened
 
 
 def generate(
@@ -16,10 +17,8 @@ def generate(
     temperature: Annotated[
         float, typer.Option(min=0.0, help="Of sampling; 0 takes the likeliest token every time.")
     ] = 0.0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto (float32 on a CPU, else as stored), float32, bfloat16 or float16.")
-    ] = "auto",
+    device: options.Device = "auto",
+    dtype: options.RunDtype = "auto",
     experts_implementation: Annotated[
         str | None,
         typer.Option(
@@ -39,14 +38,11 @@ def generate(
     import sys
     from dataclasses import asdict
 
-    from moectl.checkpoint.source import Checkpoint
     from moectl.evaluation import generation
     from moectl.report import output
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    source = Checkpoint.open(model, revision)
-    for warning in source.warnings:
-        output.warn(warning)
+    source = opened(model, revision)
     settings = generation.Settings(
         max_new_tokens=max_new_tokens,
         temperature=temperature,

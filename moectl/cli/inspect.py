@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from moectl.cli import options
+from moectl.cli.opening import opened
 
 
 def inspect(
@@ -18,13 +19,10 @@ def inspect(
     json: options.Json = False,
 ) -> None:
     """Show family, sizes, parameters (total and active) and bytes by component of any checkpoint."""
-    from moectl.checkpoint.source import Checkpoint
     from moectl.evaluation.inspect import inspect as measure
     from moectl.report import output
 
-    checkpoint = Checkpoint.open(model, revision)
-    for warning in checkpoint.warnings:
-        output.warn(warning)
+    checkpoint = opened(model, revision)
     found = measure(checkpoint)
     report = None
     if weights:
@@ -35,13 +33,14 @@ def inspect(
     if json:
         output.emit_json("moectl.inspect/1", found.to_json() | ({"health": report.to_json()} if report else {}))
         return
-    routing = f", {found.experts} experts, top {found.top_k}" if found.experts else ""
+    routing = f", {found.experts} experts" if found.experts else ""
+    routing += f", top {found.top_k:g}" if found.experts and found.top_k else ""
     title = f"{found.name}: {found.model_type}, {found.layers} layers, hidden size {found.hidden_size}{routing}"
-    columns = ("component", "tensors", "parameters", "active parameters", "bytes")
+    columns = ("component", "tensors", "parameters", "active parameters", "bytes", "bits per parameter")
     rows: list[list[output.Cell]] = [
         [getattr(part, name.replace(" ", "_")) for name in columns] for part in found.components
     ]
-    rows.append(["total", found.tensors, found.parameters, found.active_parameters, found.bytes])
+    rows.append(["total", *(getattr(found, name.replace(" ", "_")) for name in columns[1:])])
     output.emit_table(columns, rows, title=title)
     if report is not None:
         layers = report.to_json()["layers"]

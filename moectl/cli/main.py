@@ -81,7 +81,8 @@ def main() -> NoReturn:
     try:
         app()
     except MoectlError as error:
-        _complain(error.lines())
+        if lines := error.lines():
+            _complain(lines)
         code = error.exit_code
     except BrokenPipeError:
         code = 141
@@ -107,7 +108,7 @@ def main() -> NoReturn:
             _report_bug()
             code = 1
     if code in (130, 143):
-        _complain(["Interrupted. An unfinished output is kept; the same command resumes it."])
+        _complain(["Interrupted. If an output was begun it is kept, and the same command resumes it."])
     _leave(code)
 
 

@@ -7,10 +7,12 @@ from typing import Annotated
 import typer
 
 from moectl.cli import options, writing
+from moectl.cli.groups import grouped
 
 
+@grouped
 def pesc(
-    dense: Annotated[str, typer.Argument(metavar="DENSE", help="Directory, Hub id or hf://org/name@rev.")],
+    dense: options.Dense,
     out: writing.Out,
     experts: Annotated[int, typer.Option(help="Adapters per layer.")] = 8,
     top_k: Annotated[int, typer.Option(help="Adapters each token is sent to.")] = 2,
@@ -27,11 +29,8 @@ def pesc(
         bool, typer.Option("--materialize", help="Refused: no MoE family can hold adapters behind the FFN.")
     ] = False,
     revision: options.Revision = None,
-    push_to_hub: writing.PushToHub = None,
-    dry_run: writing.DryRun = False,
-    overwrite: writing.Overwrite = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
+    *,
+    how: writing.WritingAlone,
 ) -> None:
     """Make a PEFT adapter that puts E adapters and a router behind each FFN of DENSE (PESC, arXiv 2401.02731).
 
@@ -39,7 +38,6 @@ def pesc(
     read. stdout is the path of OUT, which PEFT loads once `moectl.integrations.pesc` is imported.
     """
     import shlex
-    from time import perf_counter
 
     from moectl.checkpoint.publish import check_apart
     from moectl.errors import UsageError
@@ -52,17 +50,6 @@ def pesc(
             "They stand behind the FFN, after its last matrix, and no MoE family has anything there.",
             "Leave --materialize out and load OUT with PEFT, or make experts of FFNs with `moectl upcycle sparse`.",
         )
-    how = writing.Writing(
-        out=out,
-        push_to_hub=push_to_hub,
-        worker=None,
-        allow_nonfinite=False,
-        dry_run=dry_run,
-        overwrite=overwrite,
-        json=json,
-        quiet=quiet,
-        started=perf_counter(),
-    )
     recipe = PescRecipe(
         experts=experts,
         top_k=top_k,
@@ -77,12 +64,12 @@ def pesc(
         seed=seed,
     )
     recipe.check()
-    how.check()
     base = Base.open(dense, revision)
     check_apart(out, base.path)
     plan = plan_pesc(base, recipe)
     writing.carry_out(
         plan,
+        out,
         how,
         headline=f"{base.name} ({base.family.model_type}) -> adapter of {output.count(plan.parameters)}, "
         f"{experts} experts, top {top_k}",

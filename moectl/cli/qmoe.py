@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moectl.cli import options, writing
+from moectl.cli.groups import grouped
+from moectl.cli.opening import warn_of
 from moectl.errors import MoectlError, UsageError
+from moectl.launched import rank_and_size
 
 if TYPE_CHECKING:
     from moectl.checkpoint.plan import Plan
+    from moectl.compress.pipeline.report import LayerReport
     from moectl.compress.qmoe_job import Job
 
 _BUILTIN_COST = (
@@ -26,6 +30,7 @@ _PARTS = 1000
 """Steps of the progress bar."""
 
 
+@grouped
 def qmoe(
     model: options.Model,
     out: writing.Out,
@@ -33,7 +38,7 @@ def qmoe(
         float | None,
         typer.Option(
             help="Per expert weight. Less than 2 is a target for ternary weights, their code and all; 2, 3 and 4 are "
-            "uniform grids. Left out: ternary, at what the weights come to by themselves.",
+            "uniform grids. Left out: ternary, 0.9 and what a row takes besides.",
             show_default=False,
         ),
     ] = None,
@@ -78,21 +83,19 @@ def qmoe(
     ] = False,
     batch_experts: Annotated[int, typer.Option(min=1, help="Experts quantised at once: memory against speed.")] = 16,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not measure the model before and after.")] = False,
-    html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write the report as a page.", show_default=False)
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    html: options.ReportPage = None,
+    device: options.Device = "auto",
     dtype: Annotated[
         str,
-        typer.Option(help="To calibrate in: auto (float32 on a CPU, else as stored), float32, bfloat16 or float16."),
+        typer.Option(
+            help="To calibrate in: auto (float32 on a CPU, else as stored), float32, bfloat16 or float16.",
+            callback=options.known_dtype,
+        ),
     ] = "auto",
     shard_size: writing.ShardSize = "5GB",
     revision: options.Revision = None,
-    push_to_hub: writing.PushToHub = None,
-    dry_run: writing.DryRun = False,
-    overwrite: writing.Overwrite = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
+    *,
+    how: writing.WritingAlone,
 ) -> None:
     """Quantise the experts of MODEL by GPTQ and store them in a code: below one bit per weight where rows are wide.
 
@@ -101,8 +104,7 @@ def qmoe(
     resumes there. Under torchrun the processes share the tokens and the experts. The result loads in transformers
     after `import moectl.integrations.transformers`, and `moectl decompress` makes it an ordinary checkpoint.
     """
-    import os
-    from time import perf_counter
+    from dataclasses import replace
 
     from moectl.checkpoint.journal import check_recipe
     from moectl.checkpoint.publish import check_apart, disk_errors, exists_error, is_occupied
@@ -115,19 +117,8 @@ def qmoe(
     from moectl.compress.qmoe_recipe import QmoeRecipe
     from moectl.report import output
 
-    leads = int(os.environ.get("RANK", "0")) == 0  # of torchrun's processes the first one speaks and writes
-    quiet = quiet or not leads
-    how = writing.Writing(
-        out=out,
-        push_to_hub=push_to_hub,
-        worker=None,
-        allow_nonfinite=False,
-        dry_run=dry_run,
-        overwrite=overwrite,
-        json=json,
-        quiet=quiet,
-        started=perf_counter(),
-    )
+    leads = rank_and_size()[0] == 0  # of torchrun's processes the first one speaks and writes
+    how = replace(how, quiet=how.quiet or not leads)
     recipe = QmoeRecipe(
         bits=bits,
         group_size=group_size,
@@ -142,12 +133,9 @@ def qmoe(
         export=export,
         shard_bytes=output.parse_size(shard_size),
     ).checked()
-    how.check()
-    writing.check_page(html)
     source = Checkpoint.open(model, revision)
     check_apart(out, source.path)
-    for warning in source.warnings if leads else ():
-        output.warn(warning)
+    warn_of([source] if leads else [])
     job = Job.of(
         source, recipe, Calibration(tuple(data) if data else None, samples, seq_len, max_tokens, device, dtype)
     )
@@ -159,54 +147,55 @@ def qmoe(
         output.warn(f"There was text for {job.sequences} sequences of {samples or SAMPLES}.")
     place = writing.statistics_of(out)
     folder = place / job.key
-    if is_occupied(out) and not (overwrite or dry_run):
+    if is_occupied(out) and not (how.overwrite or how.dry_run):
         if not job.is_made(out):
             raise exists_error(out)
         if not is_finished(folder):  # else it was interrupted since
             if leads:
                 _already_made(out, folder, how, html)
             return
-    if not (overwrite or dry_run):
+    if not (how.overwrite or how.dry_run):
         check_recipe(out, job.recorded)
     if leads:
-        _show_estimate(job, dry_run=dry_run, json=json, quiet=quiet)
-    if dry_run:
+        _show_estimate(job, how)
+    if how.dry_run:
         return
     with alone(place) if leads else nullcontext(), disk_errors(None, place):
-        with output.progress("compressing", _PARTS, quiet=quiet, unit="parts") as on_parts:
+        with output.progress("compressing", _PARTS, quiet=how.quiet, unit="parts") as on_parts:
             paths = job.run(place, lambda _text: None, _steps(on_parts))
         if not leads:
             return
-        plan = job.plan(paths)
+        plan, layers = job.plan(paths)
         writing.carry_out(
             plan,
+            out,
             how,
             headline=f"{source.name} ({source.model_type}) -> {recipe.words}",
             then="" if recipe.export else f"moectl generate {shlex.quote(str(out))} --prompt ...",
             schema="moectl.compress/1",
-            measure=lambda: _told(job, plan, paths, out, html, measured=not no_eval, how=how),
+            measure=lambda: _told(job, plan, layers, out, html, measured=not no_eval, how=how),
         )
         discard(folder)
     if place.exists():
-        output.note(f"{place} has files of other runs: remove them if they are not to go on.", quiet=quiet)
+        output.note(f"{place} has files of other runs: remove them if they are not to go on.", quiet=how.quiet)
 
 
-def _show_estimate(job: Job, *, dry_run: bool, json: bool, quiet: bool) -> None:
+def _show_estimate(job: Job, how: writing.Writing) -> None:
     """What it will take, roughly: as the result of a dry run, else as a line on stderr."""
     from dataclasses import asdict
 
     from moectl.report import output
 
     found = job.estimate
-    if not dry_run:
+    if not how.dry_run:
         output.note(
             f"{output.count(found.experts)} expert weights to about {found.bits:.2f} bits each, calibrated on "
             f"{job.recorded['calibration']['tokens']:,} tokens: about {_duration(found.seconds)}, "
             f"{output.size(found.memory)} of memory, {output.size(found.scratch + found.output)} of disk on the way.",
-            quiet=quiet,
+            quiet=how.quiet,
         )
         return
-    if json:
+    if how.json:
         output.emit_json("moectl.compress-estimate/1", {"recipe": job.recorded, **asdict(found)})
         return
     rows: list[tuple[str, output.Cell]] = [
@@ -262,12 +251,18 @@ def _already_made(out: Path, folder: Path, how: writing.Writing, html: Path | No
 
 
 def _told(
-    job: Job, plan: Plan, paths: Sequence[Path], out: Path, html: Path | None, *, measured: bool, how: writing.Writing
+    job: Job,
+    plan: Plan,
+    layers: Sequence[LayerReport],
+    out: Path,
+    html: Path | None,
+    *,
+    measured: bool,
+    how: writing.Writing,
 ) -> dict[str, Any]:
     """What became of every expert and of the model, said on stderr and written as a page."""
     from time import perf_counter
 
-    from moectl.compress.pipeline.report import reports
     from moectl.compress.report import page, words
     from moectl.compress.report.summary import summary
     from moectl.layerwise.memory import resident
@@ -276,7 +271,6 @@ def _told(
 
     seconds, peak = perf_counter() - how.started, resident("VmHWM")
     change = _measured(job, out) if measured else None
-    layers = reports(paths)
     found = summary(
         job.source.name,
         layers,
@@ -299,12 +293,12 @@ def _told(
 def _measured(job: Job, out: Path) -> dict[str, Any] | None:
     """Both models on held-out text; None, with the reason on stderr, where that cannot be: the output stands anyway."""
     from moectl.checkpoint.source import Checkpoint
-    from moectl.compress.calibration import BUILTIN
+    from moectl.data.documents import EVERY_BUILTIN
     from moectl.evaluation.change import change
     from moectl.layerwise.whole import load
     from moectl.report import output
 
-    data = tuple(dict.fromkeys((*(job.calibration.data or ()), *BUILTIN)))
+    data = tuple(dict.fromkeys((*(job.calibration.data or ()), *EVERY_BUILTIN)))
     try:
         return change(job.source, Checkpoint.open(out), data, load, device=job.calibration.device).to_json()
     except MoectlError as error:

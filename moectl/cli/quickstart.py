@@ -9,11 +9,13 @@ from typing import Annotated
 
 import typer
 
-from moectl.cli import options
+from moectl.cli import checks, options
 
 
 def quickstart(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put the models.")] = Path("quickstart"),
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Where to put the models.", callback=checks.place)
+    ] = Path("quickstart"),
     seed_steps: Annotated[int, typer.Option(min=1, help="Training steps of the seed, 4096 tokens each.")] = 150,
     branch_steps: Annotated[int, typer.Option(min=1, help="Training steps of each branch, 2048 tokens each.")] = 60,
     moe_steps: Annotated[int, typer.Option(min=1, help="Training steps of the mixture, 2048 tokens each.")] = 150,

@@ -9,28 +9,34 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moectl.cli import options, writing
+from moectl.cli.groups import grouped
+from moectl.cli.opening import opened
 from moectl.errors import MoectlError
 
 if TYPE_CHECKING:
     from moectl.checkpoint.source import Checkpoint
-    from moectl.upcycle.split_statistics import ActivationRates
+    from moectl.upcycle.split_statistics import Activations
 
 SEQUENCE_LENGTH = 256
 STATISTICS_SEQUENCES = 64
 BATCH_SIZE = 8
 HELDOUT_BATCHES = 4
-BUILTIN = ("builtin:code", "builtin:prose", "builtin:arithmetic")
 
 
+@grouped
 def split(
-    dense: Annotated[str, typer.Argument(metavar="DENSE", help="Directory, Hub id or hf://org/name@rev.")],
+    dense: options.Dense,
     out: writing.Out,
     experts: Annotated[int, typer.Option(help="Parts the FFN is cut into.")] = 8,
     top_k: Annotated[
         int | None, typer.Option(help="Routed parts per token; all, which is exact, when left out.", show_default=False)
     ] = None,
     method: Annotated[
-        str, typer.Option(help="How neurons are grouped: kmeans-gate, kmeans (gate and up rows), or random.")
+        str,
+        typer.Option(
+            help="How neurons are grouped: kmeans-gate, kmeans (gate and up rows), active (those active on the same "
+            "tokens of --data: loses least), or random."
+        ),
     ] = "kmeans-gate",
     shared: Annotated[
         int, typer.Option(help="Parts that are always active: the neurons most often active on --data.")
@@ -42,57 +48,40 @@ def split(
     scale: Annotated[
         str, typer.Option(help="What makes up for weights that sum to 1: auto (exact), updown, down, cbrt or none.")
     ] = "auto",
-    into: Annotated[str | None, typer.Option(help="MoE family to write; the family's default when left out.")] = None,
-    layers: Annotated[str, typer.Option(help="MoE layers: all, every:2, last:6, or 0,3,5.")] = "all",
+    into: options.Into = None,
+    layers: options.MoeLayers = "all",
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text for --shared and for the loss before and after; built-in text when left out. Repeatable.",
+            help="Text for --shared, --method active and the loss before and after; built-in text when left out. "
+            "Repeatable.",
             show_default=False,
         ),
     ] = None,
     no_eval: Annotated[
         bool, typer.Option("--no-eval", help="Do not measure the held-out loss before and after.")
     ] = False,
-    aux_loss_coef: Annotated[float, typer.Option(help="Load-balancing loss coefficient in the config.")] = 0.01,
+    aux_loss_coef: options.AuxLossCoef = 0.01,
     dtype: writing.Dtype = "auto",
     seed: options.Seed = 0,
     shard_size: writing.ShardSize = "5GB",
     revision: options.Revision = None,
-    push_to_hub: writing.PushToHub = None,
-    worker: writing.Worker = None,
-    allow_nonfinite: writing.AllowNonfinite = False,
-    dry_run: writing.DryRun = False,
-    overwrite: writing.Overwrite = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
+    *,
+    how: writing.Writing,
 ) -> None:
     """Cut a dense model's FFN into E experts (MoEfication, arXiv 2110.01786; LLaMA-MoE, arXiv 2406.16554).
 
     With all parts active the result computes the same function as DENSE. With --top-k below that it is smaller per
     token and worse: the held-out loss before and after is printed on stderr. Only training wins it back.
 
-    Which neuron goes where, and how often each is active, is kept in OUT.statistics, from where a command that is run
+    Which neuron goes where, and when each is active, is kept in OUT.statistics, from where a command that is run
     again takes it.
     """
-    from time import perf_counter
-
-    from moectl.checkpoint.source import Checkpoint
+    from moectl.data.documents import EVERY_BUILTIN
     from moectl.report import output
     from moectl.upcycle.split import plan_split, split_pair
     from moectl.upcycle.split_recipe import SplitRecipe
 
-    how = writing.Writing(
-        out=out,
-        push_to_hub=push_to_hub,
-        worker=worker,
-        allow_nonfinite=allow_nonfinite,
-        dry_run=dry_run,
-        overwrite=overwrite,
-        json=json,
-        quiet=quiet,
-        started=perf_counter(),
-    )
     recipe = SplitRecipe(
         experts=experts,
         top_k=top_k,
@@ -109,50 +98,38 @@ def split(
         shard_bytes=output.parse_size(shard_size),
     )
     recipe.check()
-    how.check()
-    source = Checkpoint.open(dense, revision)
-    for warning in source.warnings:
-        output.warn(warning)
+    source = opened(dense, revision)
     split_pair(source, recipe)
-    specs = tuple(data or BUILTIN)
-    with writing.statistics(out, dry_run=dry_run) as place:
-        plan = plan_split(source, recipe, _rates(source, specs, place) if recipe.shared else None, place)
+    specs = tuple(data or EVERY_BUILTIN)
+    with writing.statistics(out, dry_run=how.dry_run) as place:
+        plan = plan_split(source, recipe, _activations(source, specs, place) if recipe.measured else None, place)
         facts = plan.facts
         beside = f" and {shared} shared" if shared else ""
         writing.carry_out(
             plan,
+            out,
             how,
             headline=f"{source.name} ({facts['source_family']}, {output.count(facts['source_parameters'])}) -> "
             f"{facts['family']}, {recipe.routed} experts{beside}, top {recipe.active}",
             against=(dense,) if facts["exact"] and not facts["dequantised"] else (),
         )
-    if not (recipe.keeps_function or no_eval or quiet or dry_run) and (out / "config.json").exists():
+    if not (recipe.keeps_function or no_eval or how.quiet or how.dry_run) and (out / "config.json").exists():
         output.note(_loss_note(source, out, specs))
 
 
-def _rates(source: Checkpoint, specs: tuple[str, ...], place: Path) -> ActivationRates:
-    from moectl.data.documents import read_documents
-    from moectl.data.tokens import token_batches
-    from moectl.errors import InputError
-    from moectl.layerwise.tokenizer import encoder, load_tokenizer, separator
-    from moectl.upcycle.split_statistics import activation_rates
+def _activations(source: Checkpoint, specs: tuple[str, ...], place: Path) -> Activations:
+    from moectl.layerwise.first_text import first_sequences
+    from moectl.upcycle.split_statistics import activations
 
-    tokenizer = load_tokenizer(source)
-    batches = token_batches(
-        read_documents(specs, "train"),
-        encoder(tokenizer),
-        eos_id=separator(source, tokenizer),
-        sequence_length=SEQUENCE_LENGTH,
-        batch_size=STATISTICS_SEQUENCES,
+    tokens = first_sequences(
+        source,
+        specs,
+        SEQUENCE_LENGTH,
+        STATISTICS_SEQUENCES,
+        why="Which neurons are active when cannot be measured on it.",
+        fix="Give --data more text.",
     )
-    tokens = next(batches, None)
-    if tokens is None:
-        raise InputError(
-            f"The data is shorter than one sequence of {SEQUENCE_LENGTH} tokens.",
-            "Which neurons are most often active cannot be measured on it.",
-            "Give --data more text.",
-        )
-    return activation_rates(source, tokens, specs, place)
+    return activations(source, tokens, specs, place)
 
 
 def _loss_note(source: Checkpoint, out: Path, specs: tuple[str, ...]) -> str:

@@ -8,30 +8,25 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moectl.cli import options, training, writing
+from moectl.cli.groups import grouped
 
 if TYPE_CHECKING:
     from moectl.training.preview import Preview
 
 
+@grouped
 def train(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Directory, Hub id or hf://org/name@rev, of a model or an adapter.")
     ],
     out: writing.Out,
     data: training.Data,
-    steps: training.Steps = 1000,
-    batch_size: training.BatchSize = 16,
-    seq_len: training.SeqLen = 512,
-    accumulate: training.Accumulate = 1,
-    lr: training.Lr = 1e-4,
+    *,
+    steps: training.Steps,
     router_lr: Annotated[
         float | None, typer.Option(help="Peak learning rate of the routers; --lr when left out.", show_default=False)
     ] = None,
-    schedule: training.Schedule = "cosine",
-    warmup: training.Warmup = 0,
-    min_lr: training.MinLr = 0.1,
-    weight_decay: training.WeightDecay = 0.1,
-    clip: training.Clip = 1.0,
+    schedule: training.Schedule,
     only: Annotated[
         str | None,
         typer.Option(
@@ -72,7 +67,7 @@ def train(
             help="Show the steps in tensorboard or wandb too (needs moectl[log]); repeatable.", show_default=False
         ),
     ] = None,
-    device: training.Device = "auto",
+    device: options.Device = "auto",
     seed: options.Seed = 0,
     revision: options.Revision = None,
     dry_run: Annotated[
@@ -95,7 +90,7 @@ def train(
     SIGTERM saves and exits with 143. The same command resumes from the last checkpoint, whatever ended it, and gives
     the parameters of an undisturbed run, bit for bit in float32 with as many processes as before.
     """
-    from dataclasses import replace
+    from dataclasses import asdict, replace
 
     from moectl.report import output
     from moectl.training.adapters import Adapter, open_source
@@ -106,20 +101,12 @@ def train(
 
     recipe = TrainRecipe(
         data=tuple(data),
-        steps=steps,
-        batch_size=batch_size,
-        sequence_length=seq_len,
-        accumulate=accumulate,
-        learning_rate=lr,
+        **asdict(steps),
         router_rate=router_lr,
-        schedule=schedule,
-        warmup=warmup,
-        min_rate=min_lr,
-        weight_decay=weight_decay,
-        clip=clip,
+        **asdict(schedule),
         only=only or "all",
         freeze_experts=freeze_experts,
-        aux_loss=training.balancing(router) if aux_loss is None else aux_loss,
+        aux_loss=aux_loss,
         z_loss=z_loss,
         bias_update=bias_update,
         router=router,
@@ -127,16 +114,18 @@ def train(
         implementation=experts_implementation,
         seed=seed,
     )
-    recipe.check()
-    source = open_source(model, revision)
-    is_adapter = isinstance(source, Adapter)
-    training.caution(router)
-    if is_adapter and only is None:
-        recipe = replace(recipe, only="adapters")
     with joined(device) as world:
+        with world.agreed():
+            recipe.check()
+            source = open_source(model, revision)
+        is_adapter = isinstance(source, Adapter)
+        training.caution(router)
+        if is_adapter and only is None:
+            recipe = replace(recipe, only="adapters")
         if dry_run:
-            check(source, recipe, world.size, expert_parallel=expert_parallel, log_to=log_to or ())
-            planned = preview(source, recipe, out, world, keep=keep, overwrite=overwrite)
+            with world.agreed():
+                check(source, recipe, world.size, expert_parallel=expert_parallel, log_to=log_to or ())
+                planned = preview(source, recipe, out, world, keep=keep, overwrite=overwrite)
             if world.is_main:
                 _show(planned, out, json)
             return

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from moectl.launched import rank_and_size
 
 if TYPE_CHECKING:
     from moectl.training.adapters import Source
@@ -18,16 +20,6 @@ if TYPE_CHECKING:
 Data = Annotated[
     list[str], typer.Option(metavar="SPEC[:WEIGHT]", help="A file, directory, Hub dataset or builtin:NAME; repeatable.")
 ]
-Steps = Annotated[int, typer.Option(help="Optimiser steps.")]
-BatchSize = Annotated[int, typer.Option(help="Sequences per step, over all processes.")]
-SeqLen = Annotated[int, typer.Option(help="Tokens per packed sequence.")]
-Accumulate = Annotated[int, typer.Option(help="Micro-batches each step is computed in.")]
-Lr = Annotated[float, typer.Option(help="Peak learning rate.")]
-Schedule = Annotated[str, typer.Option(help="cosine, linear or constant, after the warm-up.")]
-Warmup = Annotated[int, typer.Option(help="Steps until the peak.")]
-MinLr = Annotated[float, typer.Option(help="Where the cosine ends, as a share of the peak.")]
-WeightDecay = Annotated[float, typer.Option(help="AdamW's decay of matrices.")]
-Clip = Annotated[float, typer.Option(help="Largest norm of the gradient.")]
 Compute = Annotated[str, typer.Option(help="float32, or bfloat16 for autocast; weights are trained in float32.")]
 Router = Annotated[
     str | None,
@@ -39,26 +31,38 @@ Router = Annotated[
 ]
 SaveEvery = Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")]
 Keep = Annotated[int, typer.Option(min=1, help="Checkpoints that are kept while training.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """What a step is and how many there are, as `TrainRecipe` names it."""
+
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 1000
+    batch_size: Annotated[int, typer.Option(help="Sequences per step, over all processes.")] = 16
+    sequence_length: Annotated[int, typer.Option("--seq-len", help="Tokens per packed sequence.")] = 512
+    accumulate: Annotated[int, typer.Option(help="Micro-batches each step is computed in.")] = 1
+    learning_rate: Annotated[float, typer.Option("--lr", help="Peak learning rate.")] = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How the learning rate changes, and what holds the weights back, as `TrainRecipe` names it."""
+
+    schedule: Annotated[str, typer.Option(help="cosine, linear or constant, after the warm-up.")] = "cosine"
+    warmup: Annotated[int, typer.Option(help="Steps until the peak.")] = 0
+    min_rate: Annotated[float, typer.Option("--min-lr", help="Where the cosine ends, as a share of the peak.")] = 0.1
+    weight_decay: Annotated[float, typer.Option(help="AdamW's decay of matrices.")] = 0.1
+    clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0
 
 
 def caution(router: str | None) -> None:
     """Warn of what has to be known of a router that was asked for."""
-    if router is not None and int(os.environ.get("RANK", "0")) == 0:
+    if router is not None and rank_and_size()[0] == 0:
         from moectl.layerwise.routed import cautions, one_router
         from moectl.report import output
 
         for words in cautions(one_router(router).entry):
             output.warn(words)
-
-
-def balancing(router: str | None) -> float:
-    """The coefficient of the balancing loss of the family's own routers, where none is given."""
-    if router is None:
-        return 0.01
-    from moectl.layerwise.routed import one_router, replaces_all
-
-    return 0.0 if replaces_all(one_router(router).entry) else 0.01
 
 
 def train_shown(

@@ -8,6 +8,8 @@ import typer
 
 from moectl.cli import options, training, writing
 from moectl.cli.btx import btx
+from moectl.cli.groups import grouped
+from moectl.cli.opening import opened
 from moectl.cli.pesc import pesc
 from moectl.cli.split import split
 
@@ -24,13 +26,14 @@ def upcycle() -> None:
 
 
 @app.command("sparse")
+@grouped
 def sparse(
-    dense: Annotated[str, typer.Argument(metavar="DENSE", help="Directory, Hub id or hf://org/name@rev.")],
+    dense: options.Dense,
     out: writing.Out,
     experts: Annotated[int, typer.Option(help="Experts per layer.")] = 8,
     top_k: Annotated[int, typer.Option(help="Experts each token is sent to.")] = 2,
-    into: Annotated[str | None, typer.Option(help="MoE family to write; the family's default when left out.")] = None,
-    layers: Annotated[str, typer.Option(help="MoE layers: all, every:2, last:6, or 0,3,5.")] = "all",
+    into: options.Into = None,
+    layers: options.MoeLayers = "all",
     granularity: Annotated[int, typer.Option(help="Experts each copy of the FFN is cut into.")] = 1,
     scale: Annotated[
         str, typer.Option(help="What makes up for the cut: auto (exact), updown, down, cbrt or none.")
@@ -56,19 +59,14 @@ def sparse(
     noise: Annotated[
         float, typer.Option(help="Standard deviation of normal noise added to every expert weight; 0 is exact.")
     ] = 0.0,
-    aux_loss_coef: Annotated[float, typer.Option(help="Load-balancing loss coefficient in the config.")] = 0.01,
+    aux_loss_coef: options.AuxLossCoef = 0.01,
     router: training.Router = None,
     dtype: writing.Dtype = "auto",
     seed: options.Seed = 0,
     shard_size: writing.ShardSize = "5GB",
     revision: options.Revision = None,
-    push_to_hub: writing.PushToHub = None,
-    worker: writing.Worker = None,
-    allow_nonfinite: writing.AllowNonfinite = False,
-    dry_run: writing.DryRun = False,
-    overwrite: writing.Overwrite = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
+    *,
+    how: writing.Writing,
 ) -> None:
     """Copy a dense model's FFN into E experts per layer and add a router (sparse upcycling, arXiv 2212.05055).
 
@@ -79,24 +77,10 @@ def sparse(
     Workers share nothing but the disk: the last one publishes, as does moectl finish OUT. One that ends before
     prints nothing on stdout (with --json, a document that says "published": false) and exits with 0.
     """
-    from time import perf_counter
-
-    from moectl.checkpoint.source import Checkpoint
     from moectl.report import output
     from moectl.upcycle.recipe import SparseRecipe
     from moectl.upcycle.sparse import plan_sparse
 
-    how = writing.Writing(
-        out=out,
-        push_to_hub=push_to_hub,
-        worker=worker,
-        allow_nonfinite=allow_nonfinite,
-        dry_run=dry_run,
-        overwrite=overwrite,
-        json=json,
-        quiet=quiet,
-        started=perf_counter(),
-    )
     recipe = SparseRecipe(
         experts=experts,
         top_k=top_k,
@@ -117,26 +101,23 @@ def sparse(
         shard_bytes=output.parse_size(shard_size),
     )
     recipe.check()
-    how.check()
-    source = Checkpoint.open(dense, revision)
-    for warning in source.warnings:
-        output.warn(warning)
+    source = opened(dense, revision)
     training.caution(router)
-    with writing.statistics(out, dry_run=dry_run) as place:
-        plan = plan_sparse(source, recipe)
-        facts = plan.facts
-        if router is not None:
-            from moectl.layerwise.routed import routed_plan
+    plan = plan_sparse(source, recipe)
+    facts = plan.facts
+    if router is not None:
+        from moectl.layerwise.routed import routed_plan
 
-            plan = routed_plan(plan, router, place, seed)
-        writing.carry_out(
-            plan,
-            how,
-            headline=f"{source.name} ({facts['source_family']}, {output.count(facts['source_parameters'])}) -> "
-            f"{facts['family']}, {experts} experts, {f'routed by {router}' if router else f'top {top_k}'}",
-            # transformers may not run a quantised source, and another router computes another function
-            against=() if facts["dequantised"] or router else (dense,),
-        )
+        plan = routed_plan(plan, router, seed)
+    writing.carry_out(
+        plan,
+        out,
+        how,
+        headline=f"{source.name} ({facts['source_family']}, {output.count(facts['source_parameters'])}) -> "
+        f"{facts['family']}, {experts} experts, {f'routed by {router}' if router else f'top {top_k}'}",
+        # transformers may not run a quantised source, and another router computes another function
+        against=() if facts["dequantised"] or router else (dense,),
+    )
 
 
 app.command("btx")(btx)

@@ -9,6 +9,7 @@ import typer
 
 from moectl.cli import options
 from moectl.errors import CheckFailed, UsageError
+from moectl.text import few
 
 if TYPE_CHECKING:
     from moectl.checkpoint.source import Checkpoint
@@ -82,9 +83,8 @@ def verify(
     else:
         output.emit_table(("what", "value"), rows, title=f"{checkpoint.name}")
     if failures:
-        shown = "; ".join(failures[:5]) + (f"; and {len(failures) - 5} more" if len(failures) > 5 else "")
         raise CheckFailed(
-            f"{checkpoint.path} is not what it should be: {shown}.",
+            f"{checkpoint.path} is not what it should be: {few(failures)}.",
             "It was changed after it was made, or it is another function than the model it was compared with.",
             "Make it again from its source, or raise --tolerance if the difference is meant.",
         )

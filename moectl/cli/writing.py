@@ -6,74 +6,81 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moectl.errors import UsageError
-from moectl.text import escape
+from moectl.cli import checks, options
 
 if TYPE_CHECKING:
     from moectl.checkpoint.plan import Plan
     from moectl.checkpoint.publish import Written
+    from moectl.checkpoint.workers import Worker
 
-Out = Annotated[Path, typer.Option("--out", "-o", help="Directory to make.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Directory to make.", callback=checks.place)]
 Dtype = Annotated[str, typer.Option(help="auto (as the source), bfloat16, float16 or float32.")]
 ShardSize = Annotated[str, typer.Option(help="Largest shard: bytes, or with kB, MB, GB, TB.")]
-PushToHub = Annotated[
-    str | None, typer.Option(metavar="ID", help="Also upload OUT to this Hub repository.", show_default=False)
-]
-Worker = Annotated[
-    str | None,
-    typer.Option(
-        metavar="K/N|auto",
-        help="Write the K-th of N shares of the shards; auto asks torchrun's or Slurm's variables.",
-        show_default=False,
-    ),
-]
-AllowNonfinite = Annotated[
-    bool, typer.Option("--allow-nonfinite", help="Copy tensors that hold NaN or infinity all the same.")
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be written; write nothing.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 
 
 @dataclass(frozen=True, slots=True)
 class Writing:
-    """How a plan is to be written: the options that all commands which make a checkpoint share."""
+    """How a plan is to be written: the options that all commands which make a checkpoint share.
 
-    out: Path
-    push_to_hub: str | None
-    worker: str | None
-    allow_nonfinite: bool
-    dry_run: bool
-    overwrite: bool
-    json: bool
-    quiet: bool
-    started: float
+    Raises:
+        UsageError: a worker that is neither K/N nor auto with a launcher's variables, or no repository id.
+    """
 
-    def check(self) -> None:
-        """Refuse a worker or a repository that cannot be meant, before anything is read.
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="ID", help="Also upload OUT to this Hub repository.", show_default=False)
+    ] = None
+    worker: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K/N|auto",
+            help="Write the K-th of N shares of the shards; auto asks torchrun's or Slurm's variables.",
+            show_default=False,
+        ),
+    ] = None
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Copy tensors that hold NaN or infinity all the same.")
+    ] = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written; write nothing.")] = False
+    overwrite: Overwrite = False
+    json: options.Json = False
+    quiet: options.Quiet = False
+    started: float = field(default_factory=perf_counter, init=False)
 
-        Raises:
-            UsageError: it is neither K/N nor auto with a launcher's variables, or no repository id.
-        """
-        import os
-
+    def __post_init__(self) -> None:
         from moectl.checkpoint import hub
-        from moectl.checkpoint.workers import parse_worker
 
-        if self.worker is not None:
-            parse_worker(self.worker, os.environ)
+        self.share()
         if self.push_to_hub is not None:
             hub.check_repo_id(self.push_to_hub)
+
+    def share(self) -> Worker | None:
+        """The shards this process is to write, where that is not all of them."""
+        import os
+
+        from moectl.checkpoint.workers import parse_worker
+
+        return None if self.worker is None else parse_worker(self.worker, os.environ)
+
+
+@dataclass(frozen=True, slots=True)
+class WritingAlone(Writing):
+    """The same of a command that computes what it writes: it has no workers, and copies no tensor that holds NaN."""
+
+    worker: None = field(default=None, init=False)
+    allow_nonfinite: bool = field(default=False, init=False)
 
 
 def carry_out(
     plan: Plan,
+    out: Path,
     how: Writing,
     *,
     headline: str,
@@ -89,17 +96,13 @@ def carry_out(
     what it gives goes into the JSON of that `schema`.
 
     Raises:
-        MoectlError: as `write`, `check_target`, `parse_worker` and `hub.upload` raise it.
+        MoectlError: as `write`, `check_target` and `hub.upload` raise it.
     """
-    import os
-
     from moectl.checkpoint import hub
-    from moectl.checkpoint.workers import parse_worker
     from moectl.checkpoint.writer import check_target, write
     from moectl.report import output
 
-    out, quiet = how.out, how.quiet
-    share = None if how.worker is None else parse_worker(how.worker, os.environ)
+    quiet, share = how.quiet, how.share()
     check_target(plan, out, overwrite=how.overwrite or how.dry_run, worker=None if how.dry_run else share)
     if how.dry_run:
         show_plan(plan, out, how.json)
@@ -145,22 +148,14 @@ def carry_out(
     if uploaded:
         output.note(f"Uploaded: {uploaded}", quiet=quiet)
     state = f"written in {seconds:.1f} s" if written.shards_written else "was already complete"
+    working = facts["active_parameters"]  # None under routers that let tokens decide
+    active = "" if working is None else f", {output.count(working)} active"
     compare = "".join(f" --against {shlex.quote(name)}" for name in against)
     output.note(
-        f"{output.count(facts['parameters'])} parameters, {output.count(facts['active_parameters'])} active, {state}.\n"
+        f"{output.count(facts['parameters'])} parameters{active}, {state}.\n"
         f"Next: {then or f'moectl verify {shlex.quote(str(out))}{compare}'}",
         quiet=quiet,
     )
-
-
-def check_page(html: Path | None) -> None:
-    """Refuse a page that could not be written after all the work.
-
-    Raises:
-        UsageError: it is a directory.
-    """
-    if html is not None and html.is_dir():
-        raise UsageError(f"{escape(str(html))} is a directory.", "--html writes one file.", "Give the name of a file.")
 
 
 @contextmanager

@@ -90,8 +90,8 @@ def size(nbytes: float) -> str:
     raise AssertionError
 
 
-def parse_size(text: str) -> int:
-    """Bytes from `123`, `500MB`, `5GB`, `4GiB`.
+def parse_size(text: str, option: str = "--shard-size") -> int:
+    """What an option says in bytes, from `123`, `500MB`, `5GB`, `4GiB`.
 
     Raises:
         UsageError: it is not a size.
@@ -109,7 +109,9 @@ def parse_size(text: str) -> int:
     }
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if not match or match[2].lower() not in units:
-        raise UsageError(f"{escape(text)!r} is not a size.", "", "Write bytes, or a number with kB, MB, GB, TB or GiB.")
+        raise UsageError(
+            f"{option} {escape(text)!r} is not a size.", "", "Write bytes, or a number with kB, MB, GB, TB or GiB."
+        )
     return int(float(match[1]) * units[match[2].lower()])
 
 
