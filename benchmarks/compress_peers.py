@@ -63,7 +63,6 @@ def entries() -> list[Entry]:
         given = ("--bits", str(bits))
         found.append(Entry(MOECTL, bits, f"W{bits}", given))
         found += [Entry(tool, bits, f"W{bits}", (*given, "--group-size", "128")) for tool in PACKAGES]
-    found.append(Entry(MOECTL, None, "ternary", ()))
     found.append(Entry(MOECTL, None, "ternary, at most 0.99 bits", ("--bits", "0.99")))
     found.append(Entry(MOECTL, None, "ternary as in the paper", ("--qmoe-compat",)))
     return found

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import shutil
 import sys
 import tempfile
@@ -41,17 +42,21 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("models", nargs="*", type=Path, help="none: print the tables of the last results")
     parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--only", help="pattern of labels: these rows again, of the same models, others as they were")
     options = parser.parse_args()
     if not options.models:
         show(json.loads(RESULTS.read_text())["models"])
         return
+    before = json.loads(RESULTS.read_text()) if options.only else {"models": {}, "command": command()}
     models = {}
     for model in options.models:
         with tempfile.TemporaryDirectory() as work:
-            models[model.name] = measured(model, Path(work), options.samples)
+            models[model.name] = measured(
+                model, Path(work), options.samples, options.only, before["models"].get(model.name)
+            )
     document = {
         "schema": "moectl.compress-table/1",
-        "command": command(),
+        "command": before["command"],
         "machine": machine(),
         "samples": options.samples,
         "models": models,
@@ -71,8 +76,10 @@ def show(models: dict[str, Any]) -> None:
         print(f"\n{name}: {found['experts']} experts\n\n{table(found)}")
 
 
-def measured(model: Path, work: Path, samples: int) -> dict[str, Any]:
-    """The rows of a model, and ours against the paper's at equal bits."""
+def measured(
+    model: Path, work: Path, samples: int, only: str | None = None, before: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The rows of a model, and ours against the paper's at equal bits; with `only`, others are those of `before`."""
     from moectl.checkpoint.source import Checkpoint
     from moectl.families.components import experts_and_top_k
 
@@ -84,6 +91,8 @@ def measured(model: Path, work: Path, samples: int) -> dict[str, Any]:
     bits: dict[str, float] = {}
 
     def add(label: str, command: str, of: str = "bf16", *arguments: str) -> None:
+        if only and not re.search(only, label) and command == "qmoe":
+            return
         print(f"{model.name}: {label}", flush=True)
         out = work / label.replace(" ", "-").replace(",", "").replace("'", "").replace("%", "")
         data = [word for spec in DATA for word in ("--data", spec)]
@@ -98,7 +107,8 @@ def measured(model: Path, work: Path, samples: int) -> dict[str, Any]:
     add("ternary, paper's code", "qmoe", "bf16", "--qmoe-compat", "--code", "qmoe", *dense)
     add("ternary, paper's", "qmoe", "bf16", "--qmoe-compat", *dense)
     for theirs, ours in BEATEN.items():
-        add(ours, "qmoe", "bf16", "--bits", f"{min(bits[theirs], MOST):.3f}", *dense)
+        if theirs in bits:
+            add(ours, "qmoe", "bf16", "--bits", f"{min(bits[theirs], MOST):.3f}", *dense)
     add("ternary", "qmoe", "bf16", *dense)
     for share in (25, 50):
         if math.floor(experts * share / 100):
@@ -118,6 +128,11 @@ def measured(model: Path, work: Path, samples: int) -> dict[str, Any]:
                 "interval": of_domains["mean"].difference_interval,
             }
         )
+    if before:
+        again = {row["label"]: row for row in rows}
+        means = (found["loss"]["mean"] for found in (rows[0], before["rows"][0]))
+        assert math.isclose(*means, abs_tol=1e-6), "another model than before"
+        return before | {"rows": [again.get(row["label"], row) for row in before["rows"]]}
     gaps = []
     for theirs, ours in BEATEN.items():
         gap = scored([made[theirs], made[ours]])[1]["mean"]

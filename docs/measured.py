@@ -18,7 +18,7 @@ anybody uses."""
 
 def page() -> str:
     """The whole page."""
-    parts = [HEAD, *_code(), *_models(), *_peers(), *_errors(), *_speed()]
+    parts = [HEAD, *_code(), *_models(), *_peers(), *_outliers(), *_errors(), *_speed()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -116,6 +116,29 @@ def _peers() -> Iterator[str]:
         yield (
             f"{bits}: how much more ours loses than each, with a 95 % interval over documents: " + "; ".join(gaps) + "."
         )
+
+
+def _outliers() -> Iterator[str]:
+    found = _read("compress_outliers")
+    yield (
+        f"## Outliers\n\n`{found['command']}`: the same models as they are, and with channels and neurons of uneven "
+        "size (exp(0.7 z) for normal z; weights make up for it, so that they compute the same). Experts are ternary, "
+        "at what nothing is asked for, or with the paper's thresholds and levels. Loss in nats a token, and how much "
+        "more it is than the model's, with a 95 % interval over documents."
+    )
+    rows = []
+    for kind, ways in found["models"].items():
+        for way in ways:
+            rows.append(
+                {
+                    "model": kind,
+                    "experts": way["name"],
+                    "bits per expert weight": f"{way['bits_per_expert_weight']:.3f}",
+                    "loss": f"{sum(way['losses']) / len(way['losses']):.4f}",
+                    "more": _with(way["more"]["nats_per_token"], way["more"]["interval"], 4),
+                }
+            )
+    yield table(rows)
 
 
 def _errors() -> Iterator[str]:

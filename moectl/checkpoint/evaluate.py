@@ -25,6 +25,7 @@ from moectl.checkpoint.expressions import (
     Index,
     Init,
     Literal,
+    Made,
     Mean,
     Noise,
     Redraw,
@@ -39,7 +40,7 @@ from moectl.checkpoint.expressions import (
     leaves,
     shape_of,
 )
-from moectl.checkpoint.plan import OutputTensor
+from moectl.checkpoint.plan import Make, OutputTensor
 from moectl.checkpoint.randomness import normal, permutation, uniform
 from moectl.checkpoint.source import Checkpoint, changed
 from moectl.errors import InputError
@@ -49,15 +50,19 @@ CHUNK_ELEMENTS = 1 << 20
 Rows = tuple[int, int]
 
 
-def evaluate(tensor: OutputTensor, sources: Sequence[Checkpoint], seed: int) -> Iterator[bytes]:
+def evaluate(
+    tensor: OutputTensor, sources: Sequence[Checkpoint], seed: int, make: Make | None = None
+) -> Iterator[bytes]:
     """The bytes of a tensor, in chunks of about a million elements.
+
+    What is made in the type that is asked for passes as it is.
 
     Raises:
         InputError: a value is NaN or infinite, in the source or in the type asked for.
     """
-    evaluator = _Evaluator(sources, seed)
-    for values in chain.from_iterable(evaluator.chunks(part) for part in _sequence(tensor.expression)):
-        result = cast(values, tensor.dtype)
+    evaluator = _Evaluator(sources, seed, make)
+    for values in chain.from_iterable(evaluator.chunks(part, tensor.dtype) for part in _sequence(tensor.expression)):
+        result = values if values.dtype == numpy_dtype(tensor.dtype) else cast(values, tensor.dtype)
         if not np.isfinite(result).all():
             largest = float(np.abs(values[np.isfinite(values)]).max(initial=0.0))
             raise InputError(
@@ -79,6 +84,8 @@ def _sequence(x: Expression) -> Iterator[Expression]:
 
 def describe(x: Expression) -> str:
     """Which source tensors an expression reads, for messages."""
+    if isinstance(x, Made):
+        return f"it is made from {x.group}"
     names = sorted({leaf.tensor for leaf in leaves(x)})
     return f"it is computed from {', '.join(names)}" if names else "it is drawn at random"
 
@@ -103,17 +110,19 @@ def cast(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 class _Evaluator:
-    def __init__(self, sources: Sequence[Checkpoint], seed: int) -> None:
+    def __init__(self, sources: Sequence[Checkpoint], seed: int, make: Make | None) -> None:
         self.sources = sources
         self.seed = seed
+        self.make = make
         self._moments: dict[Redraw, tuple[float, float]] = {}
 
-    def chunks(self, x: Expression) -> Iterator[np.ndarray]:
-        """The whole result in pieces of as many rows as make about a million elements."""
+    def chunks(self, x: Expression, dtype: str = "F64") -> Iterator[np.ndarray]:
+        """The whole result in pieces of about a million elements: in float64, unless it is made in `dtype`."""
         shape = shape_of(x, self.sources) or (1,)
         step = max(1, CHUNK_ELEMENTS // max(1, math.prod(shape[1:])))
         for start in range(0, shape[0], step):
-            yield self.rows(x, (start, min(start + step, shape[0])))
+            rows = (start, min(start + step, shape[0]))
+            yield self._made(x, rows) if isinstance(x, Made) and x.dtype == dtype else self.rows(x, rows)
 
     def rows(self, x: Expression, rows: Rows) -> np.ndarray:
         """Rows `start` to `stop` of the result: float64 [stop - start, *shape[1:]]."""
@@ -176,8 +185,16 @@ class _Evaluator:
                 return np.full((stop - start, *shape[1:]), x.value)
             case Dequantise():
                 return self._dequantised(x, rows)
+            case Made():
+                return self._made(x, rows).astype(np.float64)
             case Copy():
                 raise AssertionError("a source tensor is always stored")
+
+    def _made(self, x: Made, rows: Rows) -> np.ndarray:
+        assert self.make is not None, "a plan with what is made says how"
+        made = self.make(x.group)[x.tensor]
+        assert made.shape == x.shape and made.dtype == numpy_dtype(x.dtype), f"{made.dtype} {made.shape} for {x}"
+        return made.reshape(x.shape or (1,))[slice(*rows)]
 
     def _dequantised(self, x: Dequantise, rows: Rows) -> np.ndarray:
         start, stop = rows

@@ -181,6 +181,16 @@ class Dequantise:
     groups: Copy | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A tensor that the plan's `make` makes, with others of its `group`; in `dtype`, of the shape `shape`."""
+
+    tensor: str
+    group: str
+    dtype: str
+    shape: Shape
+
+
 Expression = (
     Copy
     | Index
@@ -198,6 +208,7 @@ Expression = (
     | Uniform
     | Literal
     | Dequantise
+    | Made
 )
 _NODES = {node.__name__: node for node in get_args(Expression)}
 
@@ -255,7 +266,7 @@ def shape_of(x: Expression, sources: Sequence[Checkpoint]) -> Shape:
     match x:
         case Copy():
             return sources[x.source].tensors[x.tensor].shape
-        case Init() | Uniform() | Literal() | Dequantise():
+        case Init() | Uniform() | Literal() | Dequantise() | Made():
             return x.shape
         case Scale() | Noise() | Shuffle() | Redraw():
             return shape_of(x.x, sources)

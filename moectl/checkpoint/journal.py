@@ -120,16 +120,8 @@ class Journal:
         record = self.recorded(shard)
         if record is None:
             return None
-        path = self.checkpoint / shard.name
-        with path.open("rb") as file:
-            if file.read(len(shard.header)) != shard.header:
-                return None
-        position, futures = len(shard.header), {}
-        for tensor in shard.tensors:
-            futures[tensor.name] = hasher.submit((Extent(path, position, tensor.nbytes),), tensor.dtype)
-            position += tensor.nbytes
-        found = {name: future.result() for name, future in futures.items()}
-        return found if {name: examined.sha256 for name, examined in found.items()} == record else None
+        found = contents(self.checkpoint / shard.name, shard, hasher)
+        return found if found and {name: each.sha256 for name, each in found.items()} == record else None
 
     def recorded(self, shard: Shard) -> dict[str, str] | None:
         """The tensor hashes that were recorded for a shard of the right size, read not from it but from its record."""
@@ -203,6 +195,21 @@ class Journal:
     def _write(self, name: str, record: dict[str, Any]) -> None:
         put(self.fs, self._record(name), json.dumps(record).encode(), self.work_file(f"{name}.json"))
         self.fs.sync_directory(self._record(name).parent)
+
+
+def contents(path: Path, shard: Shard, hasher: Hasher) -> dict[str, Examined] | None:
+    """What is in the tensors of a shard's file, by name; None where it is missing, or has another size or header."""
+    try:
+        with path.open("rb") as file:
+            if file.read(len(shard.header)) != shard.header or path.stat().st_size != shard.nbytes:
+                return None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    position, futures = len(shard.header), {}
+    for tensor in shard.tensors:
+        futures[tensor.name] = hasher.submit((Extent(path, position, tensor.nbytes),), tensor.dtype)
+        position += tensor.nbytes
+    return {name: future.result() for name, future in futures.items()}
 
 
 def _of_another(root: Path) -> UsageError:

@@ -57,7 +57,9 @@ def _write(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, str
 
     path.parent.mkdir(parents=True, exist_ok=True)
     work = path.with_name(f".{path.name}.{os.getpid()}")
-    work.write_bytes(save(dict(arrays), metadata={"format": "moectl.statistics/1", **about}))
+    # safetensors takes the bytes of an array as they lie, and some are transposed.
+    in_order = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    work.write_bytes(save(in_order, metadata={"format": "moectl.statistics/1", **about}))
     try:
         FileSystem().rename_new(work, path)
     except FileExistsError:

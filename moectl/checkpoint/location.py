@@ -97,5 +97,5 @@ def _hub_error(repo_id: str, revision: str | None, error: Exception) -> MoectlEr
     return MachineError(
         f"{shown} could not be fetched.",
         sentence,
-        "Check the network and HF_HUB_OFFLINE, or fetch it where there is one with `hf download`.",
+        "If a directory was meant, check its path; else the network and HF_HUB_OFFLINE, or use `hf download`.",
     )

@@ -9,20 +9,25 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moectl.checkpoint.dtypes import FLOATS, ITEM_BYTES
 from moectl.checkpoint.expressions import Expression, Shape, extents, from_json, numbers_read, shape_of, to_json
 from moectl.checkpoint.source import INDEX, SINGLE, Checkpoint
 from moectl.errors import InputError
 
+if TYPE_CHECKING:
+    import numpy as np
+
 PROVENANCE = "moectl.json"
 CONFIG = "config.json"
 DEFAULT_SHARD_BYTES = 5_000_000_000
+Make = Callable[[str], Mapping[str, "np.ndarray"]]
+"""From the group of a `Made` to all tensors of that group, which follow from the sources and the recipe alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,7 @@ class Plan:
         files: other generated text files by name, such as the model card.
         facts: what the builder wants to report (parameters total and active, ...).
         weights_file, config_file: for readers that look for other names than a model's, such as PEFT's.
+        make: what is `Made`, where anything is; asked group by group, in the order of the tensors.
     """
 
     sources: tuple[Checkpoint, ...]
@@ -78,6 +84,7 @@ class Plan:
     facts: Mapping[str, Any] = field(default_factory=dict)
     weights_file: str = SINGLE
     config_file: str = CONFIG
+    make: Make | None = None
 
     @cached_property
     def shards(self) -> tuple[Shard, ...]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from moectl.checkpoint.plan import Shard
 from moectl.errors import UsageError
+from moectl.launched import rank_and_size
 from moectl.text import escape
 
 
@@ -35,8 +36,8 @@ def parse_worker(text: str, environment: Mapping[str, str]) -> Worker:
             raise _unclear(f"--worker {escape(text)} is neither K/N nor auto.")
         return _checked(int(match[1]), int(match[2]), f"--worker {text}")
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        rank, size = (_number(environment, name) for name in ("RANK", "WORLD_SIZE"))
-        return _checked(rank + 1, size, f"RANK {rank} of WORLD_SIZE {size}")
+        rank, size = rank_and_size(environment)
+        return Worker(rank + 1, size)
     names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_COUNT")
     missing = [name for name in names if name not in environment]
     if missing:

@@ -17,7 +17,7 @@ from pathlib import Path
 from moectl.checkpoint.expressions import Expression, Extent, extents
 from moectl.checkpoint.fs import FileSystem, Flusher, free_bytes
 from moectl.checkpoint.hashing import Examined, Hasher
-from moectl.checkpoint.journal import Journal, partial_of
+from moectl.checkpoint.journal import Journal, contents, partial_of
 from moectl.checkpoint.nonfinite import by_source_tensor, nonfinite_error, search
 from moectl.checkpoint.plan import OutputTensor, Plan, Shard
 from moectl.checkpoint.provenance import fingerprint_of, read_provenance
@@ -64,13 +64,13 @@ def write(
     out = Path(os.path.normpath(out.absolute()))
     check_target(plan, out, overwrite=overwrite, worker=worker)
     journal = Journal(plan, out, fs, command)
+    shards = plan.shards if worker is None else worker.share(plan.shards)
     with Hasher() as hasher, disk_errors(plan, out):
         if is_occupied(out) and not overwrite:
-            if not _is_done(plan, out, hasher):
+            if not _is_done(plan, shards, out, hasher):
                 raise exists_error(out)
             clear(fs, journal.root)
             return Written(out, 0)
-        shards = plan.shards if worker is None else worker.share(plan.shards)
         with overtaken(journal, identity(out) if is_occupied(out) else None) as race:
             return _Writer(plan, journal, fs, hasher, allow_nonfinite, on_bytes).run(shards, overwrite, race)
         return Written(out, 0)
@@ -94,21 +94,22 @@ def check_target(plan: Plan, out: Path, *, overwrite: bool = False, worker: Work
         raise exists_error(out)
 
 
-def _is_done(plan: Plan, out: Path, hasher: Hasher) -> bool:
+def _is_done(plan: Plan, shards: tuple[Shard, ...], out: Path, hasher: Hasher) -> bool:
+    """Whether these shards of `out` are what the plan makes of its sources, and still what was written."""
     if fingerprint_of(out) != plan.fingerprint:
         return False
-    recorded = read_provenance(out)
-    for shard in plan.shards:
-        path = out / shard.name
-        if not path.exists() or path.stat().st_size != shard.nbytes:
-            return False
+    recorded = read_provenance(out)["tensors"]
     known: dict[tuple[Expression, str], str] = {}
-    for tensor in plan.tensors:
-        same = tensor.expression, tensor.dtype
-        if same not in known:
-            known[same] = _planned_hash(plan, tensor, hasher)
-        if known[same] != recorded["tensors"].get(tensor.name):
+    for shard in shards:
+        found = contents(out / shard.name, shard, hasher)
+        if found is None:
             return False
+        for tensor in shard.tensors:
+            same = tensor.expression, tensor.dtype
+            if same not in known:
+                known[same] = _planned_hash(plan, tensor, hasher)
+            if not known[same] == found[tensor.name].sha256 == recorded.get(tensor.name):
+                return False
     return True
 
 
@@ -126,7 +127,7 @@ def _computed(plan: Plan, tensor: OutputTensor, hasher: Hasher) -> Iterator[byte
     from moectl.checkpoint.evaluate import evaluate
 
     try:
-        yield from evaluate(tensor, plan.sources, plan.seed)
+        yield from evaluate(tensor, plan.sources, plan.seed, plan.make)
     except InputError:
         counts = search(plan, tensor, hasher)
         if counts:

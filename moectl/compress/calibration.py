@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from moectl.checkpoint.source import Checkpoint
-from moectl.errors import InputError, UsageError
+from moectl.data import documents
+from moectl.errors import UsageError
 from moectl.layerwise.pairs import Ids, parts
 from moectl.text import escape
 
-BUILTIN = ("builtin:code", "builtin:prose", "builtin:arithmetic")
 SAMPLES = 128
 SEQUENCE_LENGTH = 512
 
@@ -50,7 +50,7 @@ class Calibration:
         """What was taken, with the defaults filled in; `tokens` are those of all sequences, targets too."""
         return {
             **self.asked,
-            "data": list(self.data or BUILTIN),
+            "data": list(self.data or documents.EVERY_BUILTIN),
             "samples": self.samples or SAMPLES,
             **{key: part.shape[1] for key, part in zip(("seq_len", "target_len"), parts(tokens), strict=False)},
             "tokens": sum(part.size for part in parts(tokens)),
@@ -65,10 +65,8 @@ def calibration_tokens(source: Checkpoint, calibration: Calibration) -> np.ndarr
         UsageError: the sequences are longer than the model's positions, or than `max_tokens` of the calibration.
         InputError: there is less text than one sequence, or no tokenizer.
     """
-    from moectl.data.documents import read_documents
-    from moectl.data.tokens import token_batches
+    from moectl.layerwise.first_text import first_sequences
     from moectl.layerwise.skeleton import read_config
-    from moectl.layerwise.tokenizer import encoder, load_tokenizer, separator
 
     positions = getattr(read_config(source).get_text_config(decoder=True), "max_position_embeddings", None)
     most = calibration.max_tokens
@@ -88,22 +86,14 @@ def calibration_tokens(source: Checkpoint, calibration: Calibration) -> np.ndarr
     samples = calibration.samples or SAMPLES
     if most is not None:
         samples = min(samples, most // length)
-    tokenizer = load_tokenizer(source)
-    packed = token_batches(
-        read_documents(calibration.data or BUILTIN, "train"),
-        encoder(tokenizer),
-        eos_id=separator(source, tokenizer),
-        sequence_length=length,
-        batch_size=samples,
+    return first_sequences(
+        source,
+        calibration.data or documents.EVERY_BUILTIN,
+        length,
+        samples,
+        why="How the model's experts are used cannot be measured on it.",
+        fix="Give --data more text, or a smaller --seq-len.",
     )
-    token_BL = next(packed, None)
-    if token_BL is None:
-        raise InputError(
-            f"The data is shorter than one sequence of {length} tokens.",
-            "How the model's experts are used cannot be measured on it.",
-            "Give --data more text, or a smaller --seq-len.",
-        )
-    return token_BL
 
 
 def tokens_identity(token_BL: np.ndarray) -> list[Any]:

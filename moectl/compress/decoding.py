@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,6 +22,10 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from moectl.checkpoint.expressions import Extent
+from moectl.checkpoint.hashing import examine
+from moectl.checkpoint.plan import PROVENANCE
+from moectl.checkpoint.provenance import read_provenance
 from moectl.checkpoint.source import Checkpoint
 from moectl.compress.export import Packing, export_tensors, imagined_tensors, packing
 from moectl.errors import InputError
@@ -50,6 +54,7 @@ class Decoding:
         coded: parameters that are stored coded, or packed in 8 or 4 bits, by name in memory.
         layers: names in memory of what is to be decoded or taken apart, by the layer it is in.
         way: how experts are packed anew, for an export; None where they are decoded.
+        recorded: the hash of every tensor, where whoever wrote the checkpoint left them in its moectl.json.
     """
 
     source: Checkpoint
@@ -57,6 +62,7 @@ class Decoding:
     coded: Mapping[str, stored.Parts]
     layers: Mapping[str, tuple[str, ...]]
     way: Packing | None = None
+    recorded: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, source: Checkpoint, export: str | None = None) -> Decoding:
@@ -92,7 +98,8 @@ class Decoding:
             layers[found[1] if found else OUTSIDE].append(name)
         abouts = (source.read(parts["about"].name) for parts in coded.values() if "about" in parts)
         way = packing(export, abouts) if export else None
-        return cls(source, model, coded, {layer: tuple(names) for layer, names in layers.items()}, way)
+        recorded = read_provenance(source.path)["tensors"] if (source.path / PROVENANCE).exists() else {}
+        return cls(source, model, coded, {layer: tuple(names) for layer, names in layers.items()}, way, recorded)
 
     def describe(self, layer: str) -> dict[str, Tensor]:
         """What a layer becomes, on meta.
@@ -112,6 +119,7 @@ class Decoding:
         Raises:
             InputError: the source is damaged, or its experts cannot be exported.
         """
+        self._check(layer)
         repacked, others = self._split(layer)
         tensors: dict[str, Tensor] = {}
         for names in sorted(others, key=self._size, reverse=True):  # what needs twice its size, while there is room
@@ -123,6 +131,21 @@ class Decoding:
     def origin(self, name: str) -> list[str]:
         """The tensors of the source that a parameter is stored as."""
         return [ref.name for ref in self.coded[name].values()] if name in self.coded else [name]
+
+    def _check(self, layer: str) -> None:
+        """Compare with the recorded hashes: most bits of a coded matrix can flip, and it decodes to another one.
+
+        Raises:
+            InputError: a tensor is another than was written.
+        """
+        for ref in (self.source.tensors[each] for name in self.layers[layer] for each in self.origin(name)):
+            extent = Extent(ref.file, ref.offset, ref.nbytes)
+            if ref.name in self.recorded and examine((extent,), ref.dtype).sha256 != self.recorded[ref.name]:
+                raise InputError(
+                    f"{escape(str(ref.file))}: {escape(ref.name)} is not what {PROVENANCE} records.",
+                    "It was damaged or replaced since it was written, and would be decoded to other weights.",
+                    f"Fetch the files again, or compress the model again. If it was meant, remove {PROVENANCE}.",
+                )
 
     @property
     def _way(self) -> Packing:

@@ -1,86 +1,44 @@
-"""A coded checkpoint made an ordinary one: decoded layer by layer into files, and from them and the source a plan.
+"""A coded checkpoint made an ordinary one: a plan whose decoded tensors are made layer by layer while it is written.
 
 In memory there is about a layer at a time (1.3 times its size, of experts whose up- and gate-projection are one tensor
-in memory and two on disk). On the disk there is, until it is done, everything that is decoded twice.
+in memory and two on disk). On the disk there is nothing but the output.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
-from safetensors.torch import save_file
+import numpy as np
 
 from moectl.checkpoint.card import inherited
 from moectl.checkpoint.dtypes import FLOATS, TORCH_NAMES
-from moectl.checkpoint.expressions import Copy
-from moectl.checkpoint.fs import FileSystem, free_bytes
-from moectl.checkpoint.header import TensorRef
-from moectl.checkpoint.kept import identity, kept_name
+from moectl.checkpoint.expressions import Copy, Made
 from moectl.checkpoint.plan import OutputTensor, Plan, planned
-from moectl.checkpoint.provenance import read_provenance
 from moectl.checkpoint.source import Checkpoint
 from moectl.compress.decoding import Decoding
-from moectl.errors import InputError, MachineError, UsageError
+from moectl.errors import UsageError
 from moectl.families.components import experts_and_top_k
+from moectl.integrations.qmoe.arrays import array_of
 from moectl.layerwise.tensors import TORCH_DTYPES
 from moectl.text import escape, shown
 
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
-def layer_files(
-    decoding: Decoding, place: Path, on_layer: Callable[[str], object] = lambda _: None
-) -> list[Checkpoint]:
-    """The decoded layers as files in `place`; those that are there are taken as they are.
-
-    Raises:
-        InputError: the source is damaged, or changes meanwhile.
-    """
-    found = []
-    for layer in decoding.layers:
-        path = place / _file_name(decoding, layer)
-        if not path.exists():
-            place.mkdir(parents=True, exist_ok=True)
-            work = path.with_name(f".{path.name}.{os.getpid()}")
-            save_file({name: tensor.contiguous() for name, tensor in decoding.decode(layer).items()}, work)
-            FileSystem().rename(work, path)
-        on_layer(layer)
-        found.append(Checkpoint.of_file(path))
-    decoding.source.check_unchanged()
-    return found
-
-
-def imagined_files(decoding: Decoding, place: Path) -> list[Checkpoint]:
-    """The same for a plan that is only shown: nothing is decoded, and there are no files."""
-    found = []
-    for layer in decoding.layers:
-        file = place / _file_name(decoding, layer)
-        described = decoding.describe(layer).items()
-        refs = {
-            name: TensorRef(name, _NAMES[tensor.dtype], tuple(tensor.shape), file, 0, tensor.nbytes)
-            for name, tensor in described
-        }
-        found.append(Checkpoint(place, file.stem, None, {}, refs, {}, file=file))
-    return found
-
-
-def plan_decompress(decoding: Decoding, files: Iterable[Checkpoint], dtype: str, shard_bytes: int) -> Plan:
-    """The plan of the ordinary checkpoint.
+def plan_decompress(decoding: Decoding, dtype: str, shard_bytes: int) -> Plan:
+    """The plan of the ordinary checkpoint; nothing is decoded for it.
 
     Args:
-        files: one for each layer of `decoding`, in its order.
         dtype: of floating-point tensors; auto leaves each as it is.
 
     Raises:
         UsageError: the dtype is not known.
+        InputError: the family's experts cannot be exported.
     """
-    source, sources = decoding.source, (decoding.source, *files)
+    source = decoding.source
     check_dtype(dtype)
-    tensors = tuple(_tensors(decoding, sources, TORCH_NAMES.get(dtype)))
+    tensors = tuple(_tensors(decoding, TORCH_NAMES.get(dtype)))
     config = {name: value for name, value in source.config.items() if name != "quantization_config"}
     if dtype != "auto":
         config = {name: value for name, value in config.items() if name != "torch_dtype"} | {"dtype": dtype}
@@ -93,10 +51,9 @@ def plan_decompress(decoding: Decoding, files: Iterable[Checkpoint], dtype: str,
         "dtype": dtype,
         "export": decoding.way and decoding.way.form,
         "quantization": source.config["quantization_config"],
-        "key": kept_name("decompress", {"source": identity(source)}),
     }
     return Plan(
-        sources=sources,
+        sources=(source,),
         tensors=tensors,
         recipe=recipe,
         config=config,
@@ -110,31 +67,8 @@ def plan_decompress(decoding: Decoding, files: Iterable[Checkpoint], dtype: str,
             "source_bytes": source.nbytes,
             "weight_bytes": sum(tensor.nbytes for tensor in tensors),
         },
+        make=_Layers(decoding),
     )
-
-
-def is_made(out: Path, plan: Plan) -> bool:
-    """Whether `out` is what a plan like this made of the same files, untouched since."""
-    try:
-        return read_provenance(out).get("recipe") == json.loads(json.dumps(dict(plan.recipe)))
-    except InputError:
-        return False
-
-
-def check_space(plan: Plan, out: Path) -> None:
-    """Refuse a disk on which what is decoded has no place, as files of layers and then in the output.
-
-    Raises:
-        MachineError: it is too small.
-    """
-    layers = sum(ref.nbytes for source in plan.sources[1:] for ref in source.tensors.values() if not ref.file.exists())
-    needed, free = plan.file_bytes + layers, free_bytes(out)
-    if needed > free:
-        raise MachineError(
-            f"{escape(str(out))}: {needed} bytes are needed and {free} are free.",
-            f"What is decoded takes {layers} bytes as files of layers, which are removed at the end.",
-            "Make room, or choose another disk with -o.",
-        )
 
 
 def check_dtype(dtype: str) -> None:
@@ -147,24 +81,40 @@ def check_dtype(dtype: str) -> None:
         raise UsageError(f"--dtype {shown(dtype)!r} is not known.", "", "Give auto, bfloat16, float16 or float32.")
 
 
-def _tensors(decoding: Decoding, sources: tuple[Checkpoint, ...], dtype: str | None) -> Iterable[OutputTensor]:
+class _Layers:
+    """Decodes what is asked for layer by layer; of a layer that two shards share, the second need not wait."""
+
+    def __init__(self, decoding: Decoding) -> None:
+        self._decoding = decoding
+        self._layer = ""
+        self._tensors: Mapping[str, np.ndarray] = {}
+
+    def __call__(self, layer: str) -> Mapping[str, np.ndarray]:
+        if layer != self._layer:
+            self._layer, self._tensors = "", {}  # before the next one takes as much memory
+            self._tensors = {
+                name: array_of(tensor.contiguous()) for name, tensor in self._decoding.decode(layer).items()
+            }
+            self._layer = layer
+        return self._tensors
+
+
+def _tensors(decoding: Decoding, dtype: str | None) -> Iterator[OutputTensor]:
     """In the source's order; a layer's decoded tensors come where the first of its coded ones was."""
-    place_of = {
-        name: place
-        for place, names in enumerate(decoding.layers.values(), start=1)
-        for each in names
-        for name in decoding.origin(each)
+    source = decoding.source
+    layer_of = {
+        stored: layer for layer, names in decoding.layers.items() for name in names for stored in decoding.origin(name)
     }
-    written: set[int] = set()
-    for name in sources[0].tensors:
-        place = place_of.get(name, 0)
-        if place in written:
-            continue
-        if place:
-            written.add(place)
-        for each in sources[place].tensors if place else (name,):
-            kept = sources[place].tensors[each].dtype
-            yield planned(each, Copy(each, place), sources, dtype if dtype and kept in FLOATS else kept)
+    written: set[str] = set()
+    for name, ref in source.tensors.items():
+        if name not in layer_of:
+            yield planned(name, Copy(name), (source,), dtype if dtype and ref.dtype in FLOATS else ref.dtype)
+        elif (layer := layer_of[name]) not in written:
+            written.add(layer)
+            for each, tensor in decoding.describe(layer).items():
+                kept = _NAMES[tensor.dtype]
+                made = Made(each, layer, kept, tuple(tensor.shape))
+                yield planned(each, made, (source,), dtype if dtype and kept in FLOATS else kept)
 
 
 def _counts(decoding: Decoding) -> tuple[int, int]:
@@ -190,8 +140,3 @@ def _card(source: Checkpoint, form: str | None) -> str:
     if form:
         lines += ["", "Its experts are packed by compressed-tensors, which transformers needs to load it; vLLM has it."]
     return "\n".join(lines) + "\n"
-
-
-def _file_name(decoding: Decoding, layer: str) -> str:
-    decides = {"layer": layer, "source": identity(decoding.source), "export": decoding.way and decoding.way.config()}
-    return kept_name("decoded", decides)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +24,7 @@ from moectl.checkpoint.plan import OutputTensor, Plan, planned
 from moectl.checkpoint.source import Checkpoint
 from moectl.codecs.matrix import parse
 from moectl.compress.export import Packing, export_tensors, packing
-from moectl.compress.pipeline.report import reports
+from moectl.compress.pipeline.report import LayerReport, MatrixReport, reports, to_metadata
 from moectl.compress.qmoe_card import qmoe_card
 from moectl.families.components import experts_and_top_k
 from moectl.integrations.qmoe.arrays import array_of
@@ -44,7 +45,8 @@ class Coded:
 
     Attributes:
         source: the model.
-        files: the layer files, in order.
+        files: the layer files, in order, and those that replace parts of them.
+        layers: what became of every expert, by layer.
         parts: parameter in memory -> what stands for it in the files, for all that they replace.
         origin: parameter in memory -> the tensors of the source that it is made of, for the whole model.
         experts: those of the replaced parameters that are experts'.
@@ -53,6 +55,7 @@ class Coded:
 
     source: Checkpoint
     files: tuple[Checkpoint, ...]
+    layers: Sequence[LayerReport]
     parts: Mapping[str, Sequence[Copy]]
     origin: Mapping[str, Sequence[str]]
     experts: frozenset[str]
@@ -78,12 +81,14 @@ def coded(source: Checkpoint, paths: Sequence[Path]) -> Coded:
     for place, file in enumerate(files, start=1):
         for name in file.tensors:
             parts.setdefault(stands_for(name), []).append(Copy(name, place))
+    layers = reports(paths)
     return Coded(
         source,
         files,
+        layers,
         parts,
         loader.sources,
-        frozenset(matrix.parameter for layer in reports(paths) for matrix in layer.matrices),
+        frozenset(matrix.parameter for layer in layers for matrix in layer.matrices),
         frozenset(name for target, names in loader.sources.items() if target not in known for name in names),
     )
 
@@ -104,7 +109,20 @@ def exported(made: Coded, form: str, place: Path) -> tuple[Coded, dict[str, Any]
         file = kept_file(path, partial(_exported, made, name, model, way))
         parts[name] = [Copy(tensor, len(files)) for tensor in file.tensors]
         files.append(file)
-    return replace(made, files=tuple(files[1:]), parts=parts), way.config()
+    exported = replace(made, files=tuple(files[1:]), parts=parts)
+    return replace(exported, layers=[_with_bits(exported, layer) for layer in made.layers]), way.config()
+
+
+def _with_bits(made: Coded, layer: LayerReport) -> LayerReport:
+    """The report with the bits that matrices have in the files of an export, those of one parameter as many each."""
+    count = Counter(matrix.parameter for matrix in layer.matrices)
+
+    def bits(matrix: MatrixReport) -> float:
+        copies = made.parts[matrix.parameter]
+        nbytes = sum(made.files[copy.source - 1].tensors[copy.tensor].nbytes for copy in copies)
+        return 8 * nbytes / count[matrix.parameter] / (matrix.rows * matrix.columns)
+
+    return replace(layer, matrices=tuple(replace(matrix, bits=bits(matrix)) for matrix in layer.matrices))
 
 
 def _exported(made: Coded, parameter: str, model: PreTrainedModel, way: Packing) -> Mapping[str, np.ndarray]:
@@ -121,7 +139,6 @@ def plan_qmoe(
     made: Coded,
     recipe: Mapping[str, Any],
     quantization: Mapping[str, Any],
-    report: Mapping[str, Any],
     shard_bytes: int,
 ) -> Plan:
     """The plan of the compressed checkpoint; every tensor is copied, from the source or from a layer file.
@@ -129,7 +146,6 @@ def plan_qmoe(
     Args:
         recipe: all that the files follow from.
         quantization: the `quantization_config` of its config.json.
-        report: what became of every expert, for `REPORT`.
     """
     source = made.source
     tensors = tuple(_tensors(made))
@@ -155,6 +171,10 @@ def plan_qmoe(
         "bits_per_expert_parameter": 8 * expert_bytes / of_experts,
         "ratio": source_bytes / weight_bytes,
         "ignored": len(made.ignored),
+    }
+    report = {
+        "schema": "moectl.compression/1",
+        "layers": [json.loads(to_metadata(each)["report"]) for each in made.layers],
     }
     return Plan(
         sources=(source, *made.files),

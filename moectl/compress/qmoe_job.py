@@ -13,14 +13,14 @@ import torch
 
 from moectl.checkpoint.dtypes import FLOATS, TORCH_NAMES
 from moectl.checkpoint.plan import Plan
-from moectl.checkpoint.provenance import read_provenance
+from moectl.checkpoint.provenance import read_provenance, verify_hashes
 from moectl.checkpoint.source import Checkpoint
 from moectl.codecs.checks import VERSION
 from moectl.compress.calibration import Calibration, calibration_tokens
 from moectl.compress.dense import DensePart
 from moectl.compress.export import foreseen
 from moectl.compress.pipeline.preflight import Estimate, estimate, require
-from moectl.compress.pipeline.report import reports, to_metadata
+from moectl.compress.pipeline.report import LayerReport
 from moectl.compress.pipeline.run import folder_of, run
 from moectl.compress.pipeline.settings import Settings
 from moectl.compress.pipeline.stacks import candidates
@@ -121,10 +121,10 @@ class Job:
         }
 
     def is_made(self, out: Path) -> bool:
-        """Whether `out` is what this would make: the same model, untouched since, with the same options and text."""
+        """Whether `out` is what this would make, untouched since: of the same model, with the same options and text."""
         try:
-            Checkpoint.open(out)  # finds files that were cut
-            return read_provenance(out).get("recipe") == json.loads(json.dumps(self.recorded))
+            asked = read_provenance(out).get("recipe") == json.loads(json.dumps(self.recorded))
+            return asked and verify_hashes(Checkpoint.open(out)).ok
         except InputError:
             return False
 
@@ -143,14 +143,13 @@ class Job:
         require(self.estimate, self.settings, place / self.key)
         return run(self.source, self.tokens, self.method, self.settings, place, say, advance)
 
-    def plan(self, paths: Sequence[Path]) -> Plan:
-        """The plan of the output, from the layer files.
+    def plan(self, paths: Sequence[Path]) -> tuple[Plan, Sequence[LayerReport]]:
+        """The plan of the output, from the layer files, and what became of every expert.
 
         Raises:
             InputError: the family has no place in the format to export to.
         """
         made = coded(self.source, paths)
-        layers = [json.loads(to_metadata(layer)["report"]) for layer in reports(paths)]
         quantization: dict[str, Any] = {
             "quant_method": "qmoe",
             "version": VERSION,
@@ -159,8 +158,7 @@ class Job:
         }
         if self.recipe.export:
             made, quantization = exported(made, self.recipe.export, paths[0].parent / self.recipe.export)
-        report = {"schema": "moectl.compression/1", "layers": layers}
-        return plan_qmoe(made, self.recorded, quantization, report, self.recipe.shard_bytes)
+        return plan_qmoe(made, self.recorded, quantization, self.recipe.shard_bytes), made.layers
 
 
 def weights_dtype(source: Checkpoint) -> torch.dtype:

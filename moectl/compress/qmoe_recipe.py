@@ -28,7 +28,7 @@ class QmoeRecipe:
 
     Attributes:
         bits: 2, 3 or 4 for a uniform grid; less than 2 is what ternary weights shall take, code and rows together;
-            None leaves that to the weights.
+            None is 0.9 for the code and what rows take.
         group_size: weights of a row that share a scale of a uniform grid; -1 for the whole row.
         symmetric: levels are as far below zero as above, as `w2a16` and `w4a16` need it.
         compat: ternary levels and thresholds as in the paper (arXiv 2310.16795).
@@ -120,7 +120,7 @@ class QmoeRecipe:
             raise UsageError(
                 f"--bits {self.bits:g} is neither 2, 3 or 4 nor less than 2.",
                 "2, 3 and 4 are uniform grids; less is what ternary weights shall take.",
-                "Give 2, 3, 4, or a target such as 0.8; leave it out for what the weights come to by themselves.",
+                "Give 2, 3, 4, or a target such as 0.8; leave it out for 0.9 and what rows take besides.",
             )
         if self.compat and (self.bits is not None or self.symmetric):
             raise UsageError(

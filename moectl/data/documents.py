@@ -23,6 +23,9 @@ from moectl.text import escape
 Split = Literal["train", "heldout", "all"]
 
 _BUILTIN_PREFIX = "builtin:"
+EVERY_BUILTIN = tuple(_BUILTIN_PREFIX + name for name in BUILTIN)
+"""What is read where no `--data` is given."""
+
 _HUB_DATASET = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<split>[\w.-]+))?")
 _HELDOUT_BYTES = 26  # of the 256 values of a hash's first byte: 10.2 % of all documents
 
@@ -116,7 +119,7 @@ def _source(spec: str) -> Source:
     if spec.startswith(_BUILTIN_PREFIX):
         name = spec.removeprefix(_BUILTIN_PREFIX)
         if name not in BUILTIN:
-            known = ", ".join(_BUILTIN_PREFIX + each for each in BUILTIN)
+            known = ", ".join(EVERY_BUILTIN)
             raise InputError(f"There is no built-in text {escape(name)!r}.", "", f"Choose from {known}.")
         return Source(spec, name, BUILTIN[name])
     path = Path(spec).expanduser()

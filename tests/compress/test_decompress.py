@@ -11,18 +11,23 @@ import pytest
 import torch
 from click.testing import Result
 from coded_models import add, random_blob, same_tensors, write_coded
+from qmoe_runs import names
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from trees import tree
 from typer.testing import CliRunner
 
+from moectl.checkpoint import writer
 from moectl.checkpoint.source import Checkpoint
 from moectl.cli.main import app
-from moectl.compress import decompress as work
 from moectl.compress.decoding import Decoding
 from moectl.compress.dense import DensePart
 from moectl.errors import InputError, MachineError, UsageError
 from moectl.families.tiny_moe import tiny_inputs, tiny_moe
 from moectl.integrations import transformers as ours
+
+SHARD = "200kB"
+"""Less than a layer, and no multiple of one."""
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +68,8 @@ def test_it_is_shown_before_it_is_done(coded: Path, tmp_path: Path) -> None:
     assert told["bytes"] == (tmp_path / "out" / "model.safetensors").stat().st_size
 
 
-def test_it_resumes_and_then_has_nothing_to_do(coded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer that was decoded before is not decoded again; of an output that is there nothing is."""
+def test_it_resumes_where_it_was(coded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is finished is not decoded again, no layer twice in a run, and the output is that of a run undisturbed."""
     decoded: list[str] = []
     decode = Decoding.decode
 
@@ -74,17 +79,56 @@ def test_it_resumes_and_then_has_nothing_to_do(coded: Path, tmp_path: Path, monk
         decoded.append(layer)
         return decode(self, layer)
 
+    assert decompress(coded, tmp_path / "clean", "--shard-size", SHARD).exit_code == 0
     monkeypatch.setattr(Decoding, "decode", interrupted)
-    assert decompress(coded, tmp_path / "out").exit_code != 0
-    assert not (tmp_path / "out").exists() and len(list((tmp_path / "out.statistics").iterdir())) == 2
+    assert decompress(coded, tmp_path / "out", "--shard-size", SHARD).exit_code != 0
+    assert not (tmp_path / "out").exists() and names(tmp_path) == ["clean", "out.partial"]
     monkeypatch.setattr(Decoding, "decode", lambda self, layer: decoded.append(layer) or decode(self, layer))
-    assert decompress(coded, tmp_path / "out").exit_code == 0
-    assert decoded == [f"model.layers.{layer}" for layer in range(3)]
-    assert same_tensors(tmp_path / "out", coded.with_name("plain"))
-    again = decompress(coded, tmp_path / "out")
-    assert again.exit_code == 0 and again.stdout == f"{tmp_path / 'out'}\n" and "already complete" in again.stderr
-    assert len(decoded) == 3
-    assert isinstance(decompress(coded, tmp_path / "out", "--dtype", "bfloat16").exception, UsageError)
+    assert decompress(coded, tmp_path / "out", "--shard-size", SHARD).exit_code == 0
+    assert decoded[2:] == [f"model.layers.{layer}" for layer in (1, 2)]
+    assert tree(tmp_path / "out") == tree(tmp_path / "clean") and names(tmp_path) == ["clean", "out"]
+
+
+def test_run_again_it_finds_its_output_whole_or_says_so(coded: Path, tmp_path: Path) -> None:
+    """It is done, unless a byte is missing or another one; and an output of other options is another's."""
+    out = tmp_path / "out"
+    assert decompress(coded, out).exit_code == 0
+    again = decompress(coded, out)
+    assert again.exit_code == 0 and again.stdout == f"{out}\n" and "already complete" in again.stderr
+    assert names(tmp_path) == ["out"]
+    assert isinstance(decompress(coded, out, "--dtype", "bfloat16").exception, UsageError)
+    whole = (out / "model.safetensors").read_bytes()
+    for spoilt in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), whole.replace(b"F32", b"I32")):
+        (out / "model.safetensors").write_bytes(spoilt)
+        error = decompress(coded, out).exception
+        assert isinstance(error, UsageError) and "exists" in error.what and "--overwrite" in error.fix
+    assert decompress(coded, out, "--overwrite").exit_code == 0
+    assert (out / "model.safetensors").read_bytes() == whole
+
+
+def test_workers_make_the_bytes_of_one(coded: Path, tmp_path: Path) -> None:
+    """Whoever comes last publishes what one process makes; `finish` knows what is missing."""
+    assert decompress(coded, tmp_path / "one", "--shard-size", SHARD).exit_code == 0
+    for worker in ("2/3", "3/3", "1/3"):
+        assert decompress(coded, tmp_path / "three", "--shard-size", SHARD, "--worker", worker).exit_code == 0
+        assert (tmp_path / "three").exists() == (worker == "1/3")
+        finished = CliRunner().invoke(app, ["finish", str(tmp_path / "three")])
+        assert finished.exit_code == 0 if worker == "1/3" else "shards: model-00001" in str(finished.exception)
+    assert tree(tmp_path / "three") == tree(tmp_path / "one") and names(tmp_path) == ["one", "three"]
+
+
+def test_the_disk_has_to_hold_the_output_alone(coded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the shards nothing is ever written that is as large as a layer."""
+    large: set[Path] = set()
+    decode = Decoding.decode
+
+    def looked(self: Decoding, layer: str) -> Any:
+        large.update(path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size > 100_000)
+        return decode(self, layer)
+
+    monkeypatch.setattr(Decoding, "decode", looked)
+    assert decompress(coded, tmp_path / "out", "--shard-size", SHARD).exit_code == 0
+    assert large and all("model-000" in path.name and path.suffix == ".safetensors" for path in large)
 
 
 def test_in_another_type(coded: Path, tmp_path: Path) -> None:
@@ -131,9 +175,9 @@ def test_what_cannot_be_done_is_said(coded: Path, tmp_path: Path, monkeypatch: p
         error = decompress(*arguments).exception
         assert isinstance(error, kind) and words in str(error)
     with monkeypatch.context() as small:
-        small.setattr(work, "free_bytes", lambda _path: 3_000_000)
+        small.setattr(writer, "free_bytes", lambda _path: 1_000_000)
         error = decompress(coded, tmp_path / "out").exception
-        assert isinstance(error, MachineError) and "bytes are needed" in str(error)
+        assert isinstance(error, MachineError) and "but only 1000000 are free" in str(error)
     name = "model.layers.2.mlp.experts.down_proj"
     other = write_coded(tiny_moe("mixtral"), tmp_path / "damaged")
     blob = random_blob(name, (8, 64, 95), np.random.default_rng(0), transposed=False)

@@ -135,6 +135,16 @@ def test_levels_are_those_of_least_squares():
         assert np.allclose(piece["levels_GR2"][0, row].numpy(), best, rtol=1e-3)
 
 
+def test_without_a_number_outliers_do_not_decide_it():
+    """0.9 bits for the code, and what rows take; by the paper's thresholds heavy tails would leave half of that."""
+    weight, moments = correlated(2, 96, 512)
+    weight[1] /= torch.tensor(np.random.default_rng(0).chisquare(4, (96, 512)) / 4).sqrt()
+    pieces = [method(None, compat=compat, dtype=BF16).quantise(weight, moments, None) for compat in (False, True)]
+    assert torch.allclose(pieces[0]["bits_G"], torch.tensor(0.9 + 48 / 512), rtol=0.02)
+    assert pieces[1]["bits_G"][1] < 0.6
+    assert pieces[0]["error_G"][1] < 0.7 * pieces[1]["error_G"][1]
+
+
 @pytest.mark.parametrize("code", ["tunstall", "qmoe"])
 @pytest.mark.parametrize("target", [0.9, 1.1])
 def test_the_bits_that_are_asked_for_are_met(target, code):

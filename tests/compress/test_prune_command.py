@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from moectl.checkpoint.source import Checkpoint
 from moectl.cli.main import app
-from moectl.compress import calibration
 from moectl.compress.prune import saliency
+from moectl.data import documents
 from moectl.data.tokens import byte_tokenizer
 from moectl.errors import MoectlError, UsageError
 from moectl.evaluation import probe
@@ -113,7 +113,7 @@ def test_pruned_models_are_pruned_further_in_a_pipe(place: Path, tmp_path: Path)
 def test_loss_and_generation_are_measured_by_domain(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration, "BUILTIN", (str(place / "letters.jsonl"),))
+    monkeypatch.setattr(documents, "EVERY_BUILTIN", (str(place / "letters.jsonl"),))
     small_probe(monkeypatch)
     arguments = ("-o", tmp_path / "out", "--keep", 6, "--method", "aimer")
     done = prune(place, *arguments, "--json")
@@ -131,7 +131,7 @@ def test_loss_and_generation_are_measured_by_domain(
 def test_a_domain_whose_generation_breaks_is_a_warning_even_when_quiet(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration, "BUILTIN", ())
+    monkeypatch.setattr(documents, "EVERY_BUILTIN", ())
     small_probe(monkeypatch)
     monkeypatch.setattr(probe, "LEAST_NEW", 2.0)
     done = prune(place, "-o", tmp_path / "out", "--keep", 6, "--method", "aimer", "--quiet")
@@ -139,7 +139,7 @@ def test_a_domain_whose_generation_breaks_is_a_warning_even_when_quiet(
 
 
 def test_built_in_text_is_a_warning(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "BUILTIN", (str(place / "letters.jsonl"),))
+    monkeypatch.setattr(documents, "EVERY_BUILTIN", (str(place / "letters.jsonl"),))
     done = prune(place, "-o", tmp_path / "out", "--keep", 6, *SMALL, domain="")
     assert done.exit_code == 0 and "warning: Experts are chosen on built-in text" in done.stderr
 

@@ -18,14 +18,14 @@ from typer.testing import CliRunner
 from moectl.checkpoint.plan import Plan
 from moectl.checkpoint.source import Checkpoint
 from moectl.cli.main import app
-from moectl.compress import calibration
-from moectl.compress.calibration import BUILTIN
 from moectl.compress.prune import page
 from moectl.compress.prune.layout import Layout, layout_of
 from moectl.compress.prune.page import GONE, STAYED, render
 from moectl.compress.prune.plan import plan_prune
 from moectl.compress.prune.recipe import PruneRecipe
 from moectl.compress.prune.scores import Scores
+from moectl.data import documents
+from moectl.data.documents import EVERY_BUILTIN
 from moectl.errors import UsageError
 from moectl.evaluation import probe
 
@@ -115,7 +115,7 @@ def test_what_stands_out_is_said_and_only_that(layout: Layout) -> None:
     ):
         assert words in text, words
     assert "rose by 5%" not in text and "built-in text" not in text
-    builtin = scores([range(1, EXPERTS + 1)] * LAYERS, data=list(BUILTIN))
+    builtin = scores([range(1, EXPERTS + 1)] * LAYERS, data=list(EVERY_BUILTIN))
     text = render(planned(layout, builtin), builtin, {})
     assert "Chosen on built-in text" in text and "Quality was not measured" in text
 
@@ -130,7 +130,7 @@ def test_many_experts_are_pooled(layout: Layout, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("method", ["reap", "aimer", "naee"])
 def test_the_command_writes_it(method: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "BUILTIN", (str(place / "letters.jsonl"),))
+    monkeypatch.setattr(documents, "EVERY_BUILTIN", (str(place / "letters.jsonl"),))
     for name, value in {"LENGTH": 40, "GIVEN": 16, "WRITTEN": 12, "TEXTS": 3}.items():
         monkeypatch.setattr(probe, name, value)
     with memory() as room:

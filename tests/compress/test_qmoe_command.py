@@ -37,9 +37,10 @@ from moectl.checkpoint import hub
 from moectl.checkpoint.source import Checkpoint
 from moectl.cli import qmoe as command
 from moectl.cli.main import app
-from moectl.compress import calibration, qmoe_job
+from moectl.compress import qmoe_job
 from moectl.compress.pipeline import layer as layers
 from moectl.compress.pipeline import preflight
+from moectl.data import documents
 from moectl.errors import MachineError, MoectlError, UsageError
 from moectl.evaluation import change
 from moectl.integrations.qmoe.dense import PARTS
@@ -119,7 +120,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_is_whole_and_fetches_nothing(place: Path, room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "BUILTIN", (str(place / "letters.jsonl"),))
+    monkeypatch.setattr(documents, "EVERY_BUILTIN", (str(place / "letters.jsonl"),))
     for name, value in {"LENGTH": 32, "HELDOUT_TOKENS": 64, "DRIFT_TOKENS": 64}.items():
         monkeypatch.setattr(change, name, value)
     options = [option for option in SMALL if option != "--no-eval"]
@@ -149,7 +150,7 @@ def test_a_dry_run_says_what_would_be_and_leaves_nothing(json_too: bool, place: 
 
 
 def test_built_in_text_is_a_warning(place: Path, room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "BUILTIN", (str(place / "letters.jsonl"),))
+    monkeypatch.setattr(documents, "EVERY_BUILTIN", (str(place / "letters.jsonl"),))
     done = compress(place / "moe", room / "q", *SMALL, "--quiet")
     assert done.exit_code == 0 and "warning: Experts are calibrated on built-in text" in done.stderr
 
@@ -211,7 +212,7 @@ def test_other_options_are_refused_before_any_work(
     assert tree(coded) == before and names(coded.parent) == [coded.name]
 
 
-def test_other_data_another_model_and_a_cut_output_are_refused_too(
+def test_other_data_another_model_and_an_output_that_was_cut_or_altered_are_refused_too(
     place: Path, coded: Path, room: Path, no_work: None
 ) -> None:
     assert isinstance(run(place, coded, domain="letters").exception, UsageError)
@@ -220,9 +221,10 @@ def test_other_data_another_model_and_a_cut_output_are_refused_too(
     assert isinstance(other.exception, UsageError)
     shard = coded / "model.safetensors"
     whole = shard.read_bytes()
-    shard.write_bytes(whole[:-8])
     try:
-        assert isinstance(run(place, coded).exception, UsageError)
+        for spoilt in (whole[:-8], whole[:-1] + bytes([whole[-1] ^ 1])):
+            shard.write_bytes(spoilt)
+            assert isinstance(run(place, coded).exception, UsageError)
     finally:
         shard.write_bytes(whole)
 

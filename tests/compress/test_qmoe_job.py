@@ -163,7 +163,7 @@ def test_tensors_that_are_left_out_are_said_and_count_as_nothing_saved(place: Pa
     paths = asked.run(tmp_path / "work", lambda _text: None, lambda _share: None)
     made = coded(asked.source, paths)
     plain, less = (
-        plan_qmoe(each, asked.recorded, {}, {}, 1 << 30)
+        plan_qmoe(each, asked.recorded, {}, 1 << 30)
         for each in (made, replace(made, ignored=frozenset({"model.norm.weight"})))
     )
     for fact, size in (("parameters", 32), ("source_parameters", 32), ("source_bytes", 64), ("weight_bytes", 64)):

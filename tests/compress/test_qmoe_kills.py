@@ -95,7 +95,7 @@ def test_an_interruption_says_how_to_go_on(
 ) -> None:
     done = program(asked(place, room / "q"), at_file(where, signalled(number)))
     assert (done.code, done.stdout) == (code, "")
-    assert "Interrupted. An unfinished output is kept; the same command resumes it." in done.stderr
+    assert "Interrupted. If an output was begun it is kept, and the same command resumes it." in done.stderr
     assert "q" not in names(room)
     resumed(place, room, clean)
 

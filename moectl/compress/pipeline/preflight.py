@@ -5,7 +5,6 @@ Legend: E experts, R outputs, N inputs of a matrix, G experts of a batch, T cali
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from moectl.compress.pipeline.settings import Settings
 from moectl.compress.pipeline.stacks import candidates, experts_modules, is_direct
 from moectl.errors import MachineError
 from moectl.families.components import experts_and_top_k
+from moectl.launched import rank_and_size
 from moectl.layerwise.memory import available_memory, resident
 from moectl.layerwise.pairs import Ids, parts
 from moectl.layerwise.skeleton import all_layers, build
@@ -104,7 +104,7 @@ def estimate(checkpoint: Checkpoint, tokens_BL: Ids, method: Method, settings: S
         output += (sum(parameter.numel() for parameter in model.parameters()) - experts) * settings.dense.bits / 8
     flops = sum(_flops(layer, tokens, top_k, settings) for layer in layers)
     outside = sum(parameter.numel() for parameter in model.parameters()) - sum(layer.numbers for layer in layers)
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = rank_and_size()[1]
     return Estimate(
         memory=max(_memory(layer, outside, length, width, settings) for layer in layers),
         scratch=max(_scratch(layer, tokens, width, top_k, settings) for layer in layers),

@@ -13,7 +13,7 @@ from moectl.compress.pipeline.finite import overflow, require_finite
 from moectl.compress.pipeline.layer import LayerWork
 from moectl.compress.pipeline.moments import Moments, from_choices, from_passes
 from moectl.compress.pipeline.observe import Observed, all_given, observe
-from moectl.compress.pipeline.report import MatrixReport, matrix_reports
+from moectl.compress.pipeline.report import MatrixReport, matrix_reports, stored_bits
 from moectl.compress.quantise.piece import Piece
 from moectl.layerwise.malloc import give_back
 from moectl.layerwise.stored import read_tree, write_tree
@@ -93,10 +93,13 @@ def _put(work: LayerWork, observed: Observed, starts: range) -> tuple[dict[str, 
             continue
         piece = {key: torch.cat([part["piece"][key] for part in parts]) for key in parts[0]["piece"]}
         looked_at, cold = (torch.cat([part[key] for part in parts]) for key in ("looked_at", "cold"))
-        found += matrix_reports(stack.names, (stack.outputs, stack.inputs), tokens_E, looked_at, cold, piece)
+        bits: list[float] = []
         for number, name in enumerate(stack.names):
             one = piece if stack.stacked else _one(piece, number)
-            tensors |= work.method.store(name, one, transposed=stack.transposed, stacked=stack.stacked)
+            stored = work.method.store(name, one, transposed=stack.transposed, stacked=stack.stacked)
+            bits += stored_bits(stored, stack.experts if stack.stacked else 1)
+            tensors |= stored
+        found += matrix_reports(stack.names, (stack.outputs, stack.inputs), tokens_E, looked_at, cold, piece, bits)
     return tensors, found
 
 

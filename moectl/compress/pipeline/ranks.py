@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import distributed
 
 from moectl.errors import MachineError
+from moectl.launched import local_rank, rank_and_size
 
 _PATIENCE = timedelta(days=30)
 """One process may wait for another's experts for hours; when that one ends, the others notice at once."""
@@ -44,7 +44,7 @@ class Ranks:
         device = torch.device(device)
         if device.type != "cuda" or self.size == 1:
             return device
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", local_rank())
 
     def wait(self) -> None:
         """Return when all processes are here.
@@ -66,12 +66,12 @@ class Ranks:
 @contextmanager
 def ranks() -> Iterator[Ranks]:
     """The processes that torchrun started; one without it."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, size = rank_and_size()
     started = size > 1 and not distributed.is_initialized()
     if started:
         distributed.init_process_group("gloo", timeout=_PATIENCE)
     try:
-        yield Ranks(int(os.environ.get("RANK", "0")), size)
+        yield Ranks(rank, size)
     finally:
         if started:
             distributed.destroy_process_group()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 
@@ -23,7 +25,7 @@ class MatrixReport:
         looked_at: those of them, or of others, that its Hessian is of.
         sparsity: the share of weights that became zero.
         error: of its outputs on calibration tokens, relative to their energy; of its weights where it is cold.
-        bits: per weight, scales and levels counted.
+        bits: per weight, of all that is stored; what belongs to a whole stack is shared evenly by its matrices.
         factor: levels as multiples of the root mean square of a row, where bits were asked for; else 0.
         cold: too few tokens: rounded to nearest.
         fallback: its Hessian could not be factored as it was.
@@ -60,13 +62,29 @@ def matrix_reports(
     looked_at: Tensor,
     cold: Tensor,
     piece: Mapping[str, Tensor],
+    stored: Sequence[float],
 ) -> list[MatrixReport]:
-    """Those of a stack's matrices, in the order of the experts."""
-    columns = [piece[key].tolist() for key in ("zeros_G", "error_G", "bits_G", "factor_G", "fallback_G")]
-    rows = zip(tokens.tolist(), looked_at.tolist(), *columns[:4], cold.tolist(), columns[4], strict=True)
+    """Those of a stack's matrices, in the order of the experts; `stored` are the bits of each."""
+    zeros, error, factor, fallback = (piece[key].tolist() for key in ("zeros_G", "error_G", "factor_G", "fallback_G"))
+    bits = [each / math.prod(shape) for each in stored]
+    rows = zip(tokens.tolist(), looked_at.tolist(), zeros, error, bits, factor, cold.tolist(), fallback, strict=True)
     return [
         MatrixReport(names[0 if len(names) == 1 else expert], expert, *shape, *row) for expert, row in enumerate(rows)
     ]
+
+
+def stored_bits(tensors: Mapping[str, np.ndarray], experts: int) -> list[float]:
+    """How many bits each matrix of a stack takes: its own codewords, and its share of everything else.
+
+    Args:
+        tensors: what is stored of the stack, as moectl.codecs or compressed-tensors have it.
+        experts: how many matrices it has.
+    """
+    nbytes, own = sum(tensor.nbytes for tensor in tensors.values()), [0] * experts
+    parts = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
+    if "codes" in parts:
+        own = (parts["counts"].reshape(experts, -1).sum(1, dtype=int) * parts["codes"].itemsize).tolist()
+    return [8 * (each + (nbytes - sum(own)) / experts) for each in own]
 
 
 def to_metadata(report: LayerReport) -> dict[str, str]:

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from moectl.checkpoint.plan import Plan
-from moectl.compress.calibration import BUILTIN
 from moectl.compress.prune.recipe import METHODS
 from moectl.compress.prune.scores import TOKENS, Scores
+from moectl.data.documents import EVERY_BUILTIN
 from moectl.report.charts import Bar, bars
 from moectl.report.heat import DIVERGING, SEQUENTIAL, Shade, heat
 from moectl.report.html import Facts, Figure, Heading, Paragraph, Part, Table, page
@@ -159,7 +159,7 @@ def _of_layers(plan: Plan, layers: list[Layer]) -> Iterator[tuple[str, str]]:
 
 
 def _of_data(scores: Scores, layers: list[Layer]) -> Iterator[tuple[str, str]]:
-    if scores.about.get("data") == list(BUILTIN):
+    if scores.about.get("data") == list(EVERY_BUILTIN):
         yield "! Chosen on built-in text", "Code, its documentation and sums. Give --data like what the model is for."
     unseen = [int((layer.tokens_E == 0).sum()) for layer in layers if layer.tokens_E is not None]
     if any(unseen):

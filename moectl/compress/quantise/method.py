@@ -70,15 +70,15 @@ def method(
     """The quantiser for so many bits.
 
     Args:
-        bits: of a weight, all counted, below 2: ternary, fewer where more do not help; None: ternary with the
-            paper's thresholds, at whatever that takes. 2, 3 or 4: a uniform grid.
+        bits: of a weight, all counted, below 2: ternary, fewer where more do not help; None: ternary, 0.9 bits for the
+            code and what rows take, or what the paper's thresholds take. 2, 3 or 4: a uniform grid.
         compat: levels and thresholds of QMoE (arXiv 2310.16795), ternary only.
         group_size: weights that share a scale, -1 for a whole row; uniform grids only.
         symmetric: uniform grids without zero points, ternary rows with one level for both signs.
         code: `tunstall` or the paper's `qmoe`, ternary only.
         dtype: of the parameters in the checkpoint, so of levels and scales.
         damping: what is added to the diagonal of Hessians, relative to its mean; None takes `DAMPING`.
-        means: ternary levels start as means of what is beyond the paper's thresholds.
+        means: thresholds of QMoE, and levels that start as means of what is beyond them; ternary without bits only.
         stretched: ternary rows keep the energy of their outputs (see `refit.stretch`); otherwise have the least error.
 
     Raises:

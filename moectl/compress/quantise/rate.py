@@ -21,6 +21,9 @@ from moectl.errors import InputError
 COUNT_BITS, CODE_BITS = 16, 16
 """Of the number of codewords of a row, and of a codeword."""
 
+USUAL = 0.9
+"""Bits of a weight's code where no number is asked for: with what rows take, less than one from a width of 480 on."""
+
 SAMPLED = 64
 """Rows of each matrix that the size of levels is found with."""
 
@@ -41,6 +44,11 @@ _SLOPES = (-2.0, -0.2)
 def row_bits(dtype: torch.dtype) -> int:
     """Bits of a row besides its codewords: their number and two levels."""
     return COUNT_BITS + 2 * 8 * dtype.itemsize
+
+
+def usual_bits(width: int, dtype: torch.dtype) -> float:
+    """Bits a weight where no number is asked for."""
+    return USUAL + row_bits(dtype) / width
 
 
 def least_bits(width: int, code: str, dtype: torch.dtype) -> float:

@@ -17,7 +17,7 @@ from moectl.codecs.tables import QMOE
 from moectl.compress.quantise.gptq import Factor, factor, identity, sweep
 from moectl.compress.quantise.levels import of_the_paper, spread
 from moectl.compress.quantise.piece import ROWS, Piece, check_finite, energy, relative_error, to_numpy
-from moectl.compress.quantise.rate import bits, check_possible, meet
+from moectl.compress.quantise.rate import USUAL, bits, check_possible, meet, usual_bits
 from moectl.compress.quantise.refit import refit, stretch
 
 
@@ -26,10 +26,11 @@ class Ternary:
     """GPTQ to a grid of three values in each row.
 
     Attributes:
-        bits: of a weight, all counted; None for the thresholds of the paper, at what that takes.
+        bits: of a weight, all counted; None for `usual_bits`, but with `compat` or `means` for the thresholds of the
+            paper, at what that takes.
         compat: the paper's levels as well, found before GPTQ and kept.
         symmetric: + and - have the same level, as an export to `w2a16` needs it.
-        means: where `bits` is None, levels start as means of what is beyond the thresholds, not as extremes.
+        means: levels start as means of what is beyond the paper's thresholds.
         stretched: levels are those of least error, times what keeps the energy of outputs; not with `compat`.
         code: `tunstall` or `qmoe`.
         dtype: of levels.
@@ -49,17 +50,24 @@ class Ternary:
         """See `Method.quantise`."""
         check_finite(weight_GRN, hessian_GNN)
         factored = identity(weight_GRN) if hessian_GNN is None else factor(hessian_GNN, self.damping)
-        if self.bits is None:
+        target = self._target(weight_GRN.shape[2])
+        if target is None:
             found = self._quantised(weight_GRN, factored, None)
         else:
-            check_possible(self.bits, weight_GRN.shape[2], self.code, self.dtype)
 
             def rate(rows_GRN: Tensor, times_G: Tensor) -> Tensor:
                 rounded_GNR, *_ = self._swept(rows_GRN, factored, times_G)
                 return bits(rounded_GNR.sign().to(torch.int8).mT, self.code, self.dtype)
 
-            found = meet(self.bits, weight_GRN, rate, lambda times_G: self._quantised(weight_GRN, factored, times_G))
+            found = meet(target, weight_GRN, rate, lambda times_G: self._quantised(weight_GRN, factored, times_G))
         return found | {"fallback_G": factored.fallback_G}
+
+    def _target(self, width: int) -> float | None:
+        """Bits a weight in rows of so many; None where thresholds are the paper's."""
+        if self.bits is not None:
+            check_possible(self.bits, width, self.code, self.dtype)
+            return self.bits
+        return None if self.compat or self.means else usual_bits(width, self.dtype)
 
     def _quantised(self, weight_GRN: Tensor, factored: Factor, times_G: Tensor | None) -> Piece:
         """All of a piece but what does not depend on where levels are."""
@@ -115,6 +123,7 @@ class Ternary:
         return {
             "method": "ternary",
             "bits": self.bits,
+            "usual": None if self.bits or self.compat or self.means else USUAL,
             "compat": self.compat,
             "symmetric": self.symmetric,
             "means": self.means,
