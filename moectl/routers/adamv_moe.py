@@ -41,8 +41,13 @@ class AdaMvOptions(Options):
 class AdaMvMoe(Router):
     """Top-k_z of softmax(W_z h + noise) of the task z; weights are the probabilities themselves, not renormalised.
 
-    The losses are V-MoE's (arXiv 2106.05974, appendix A.2), of each task apart, added up. `validated` moves k_z. The
-    release shares one flag and one stop among its two tasks; so do all tasks here.
+    The losses are V-MoE's (arXiv 2106.05974, appendix A.2), of each task apart, added up. `validated` moves k_z.
+
+    Implementations: one is known, google-research `moe_mtl`, and ours equals it, its oddities included: one flag and
+    one stop are shared by its two tasks, so by all tasks here; a task at its most experts is never given one less. It
+    validates every 2000 steps, and counts its patience from step 40,000 on, so that nothing grows before: here whoever
+    calls `validated` sees to that. Its two losses have a weight each; here both have half of `aux_loss`. The paper's
+    section 3 (number from memory) is what it builds.
     """
 
     Options = AdaMvOptions

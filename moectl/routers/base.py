@@ -19,13 +19,17 @@ class BaseOptions(Options):
 
 
 class Base(Single):
-    """Training maximises sum_t h_t . w_{e_t} with T/E tokens per expert (section 3.1); in use e_t = argmax h_t . w_e.
+    """Training maximises sum_t h_t . w_{e_t} with T/E tokens per expert (section 3.2.1, eq. 2); in use e_t = argmax
+    h_t . w_e, since a balanced choice looks at later tokens (section 3.2.2).
 
-    The expert's share is sigmoid(h . w_e), the token's own the rest: y = h + sigmoid(h . w_e) * f_e(h), where f_e is
-    what the expert adds to its residual (fairseq writes alpha * (h + f) + (1 - alpha) * h, which is the same).
-    fairseq's auction stops within 1/50 of the scores' range of the best assignment; this one is the best. Where E does
-    not divide T, no expert takes more than ceil(T/E). fairseq shuffles tokens between machines before they are
-    assigned: whoever makes the batch does that here.
+    y = h + sigmoid(h . w_e) * f_e(h) (section 3.1, eq. 1), where f_e is what the expert adds to its residual.
+
+    Implementations: the paper calls f_e a stack of residual layers, by which eq. 1 would add h twice; fairseq, by the
+    same authors, writes alpha * (h + f) + (1 - alpha) * h, which is what is here. Its auction raises bids by 1/50 of
+    the scores' range, and takes a worse, quicker way out after 100 rounds; the assignment here is the best. It gives
+    each expert floor(T/E) tokens, and needs E to divide T; here none takes more than ceil(T/E). It can shuffle tokens
+    between machines before they are assigned: whoever makes the batch does that here. Hetu's `BalanceAssignmentGate` is
+    the same, with centroids that are not trained.
     """
 
     Options = BaseOptions

@@ -1,17 +1,13 @@
-"""The choice that most of today's routers share, with one kernel of `moe_kernels` where the scores are on a GPU.
+"""The choice that most of today's routers share: one kernel of `moe_kernels` on a GPU, one loop on a CPU.
 
 Legend: T tokens, E experts, K choices.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 import moe_kernels
-from moe_kernels import target
-from moectl.routers.expert_groups import limited
-from moectl.routers.protocol import top, wide
 
 
 def choose(
@@ -41,24 +37,14 @@ def choose(
     """
     if groups == scores_TE.shape[1]:
         group_score = "max"  # of one expert each: it has no two best
-    if scores_TE.dtype != torch.float64 and target.uses_triton(scores_TE):
-        return moe_kernels.route(
-            scores_TE,
-            top_k,
-            score=score,
-            selection_bias_E=None if bias_E is None else bias_E.float(),
-            groups=groups,
-            top_groups=top_groups,
-            group_score=group_score,
-            renormalise=normalize,
-            scale=scale,
-        )
-    score_TE = wide(scores_TE).softmax(-1) if score == "softmax" else wide(scores_TE).sigmoid()
-    choice_TE = score_TE.detach() if bias_E is None else score_TE.detach() + bias_E.to(score_TE)
-    if top_groups < groups:
-        choice_TE = limited(choice_TE, groups, top_groups, 2 if group_score == "top2" else 1)
-    index_TK = top(choice_TE, top_k)
-    weight_TK = score_TE.gather(1, index_TK)
-    if normalize:
-        weight_TK = weight_TK / (weight_TK.sum(1, keepdim=True) + 1e-20)
-    return index_TK, scale * weight_TK if scale != 1 else weight_TK
+    return moe_kernels.route(
+        scores_TE,
+        top_k,
+        score=score,
+        selection_bias_E=bias_E,
+        groups=groups,
+        top_groups=top_groups,
+        group_score=group_score,
+        renormalise=normalize,
+        scale=scale,
+    )

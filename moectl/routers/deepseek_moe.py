@@ -9,7 +9,7 @@ from torch import Tensor
 from moectl.routers import expert_groups
 from moectl.routers.choice import choose
 from moectl.routers.losses import sequence_load_balancing
-from moectl.routers.protocol import Context, Options, Router, Routing, counts, routing, wide
+from moectl.routers.protocol import Context, Options, Router, Routing, all_served, counts, wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +32,13 @@ class DeepSeekMoeOptions(Options):
 class DeepSeekMoe(Router):
     """g = softmax over routed experts, the K best as they are (eq. 9-11); shared experts are no business of a router.
 
-    Losses: alpha_1 sum_i f_i P_i, f_i = N / (K T) * assignments (eq. 12-14), and alpha_2 sum_d f'_d P'_d, f' the mean
-    of f and P' the sum of P in a device (eq. 15-17). The first one is that of each sequence where sequences are known,
-    as in the released code, which has no loss over devices: that one is as others quote the paper.
+    Losses (section 3.3): alpha_1 sum_i f_i P_i, f_i = N / (K T) * assignments (eq. 12-14), and alpha_2 sum_d f'_d P'_d,
+    f' the mean of f and P' the sum of P in a device (eq. 15-17). The first one is that of each sequence where sequences
+    are known.
+
+    Implementations: the released `MoEGate`, copied into many models, balances each sequence or the whole batch by an
+    option, can divide the weights by their sum, and has no loss over devices; nor was the 16B model trained with one.
+    The choice is transformers' DeepSeek-V2 with `topk_method` greedy, times its scale: `deepseek-v2:groups=1,top=1`.
     """
 
     Options = DeepSeekMoeOptions
@@ -52,7 +56,7 @@ class DeepSeekMoe(Router):
             probability_TE = wide(scores_TE).softmax(-1)
             loss = options.aux_loss * sequence_load_balancing(probability_TE, index_TK, context.sequence_T)
             loss = loss + options.device_loss * device_balance(probability_TE, index_TK, options.groups)
-        return routing(index_TK, weight_TK, None, loss)
+        return all_served(index_TK, weight_TK, loss)
 
 
 def device_balance(probability_TE: Tensor, index_TK: Tensor, groups: int) -> Tensor:

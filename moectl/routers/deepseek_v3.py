@@ -11,7 +11,7 @@ from moectl.routers import expert_groups
 from moectl.routers.bias import step_towards_mean
 from moectl.routers.choice import choose
 from moectl.routers.losses import sequence_load_balancing
-from moectl.routers.protocol import Context, Options, Router, Routing, routing, top, wide
+from moectl.routers.protocol import Context, Options, Router, Routing, all_served, top, wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +43,14 @@ class DeepSeekV3(Router):
     load - load) after each step.
 
     Loss: the balance of each sequence, of s divided by its sum over experts and of how often an expert is among the K
-    best s, whatever b and the nodes made of it (eq. 17-20; Megatron-LM counts so too). Nodes are ranked by the sum of
-    K / M = 2 scores in the paper and of 2 in the code.
+    best s, whatever b and the nodes made of it (eq. 17-20).
+
+    Implementations: nodes are ranked by the sum of their K / M best in the paper and in Megatron-LM, of their 2 best in
+    the official inference code, transformers and SGLang: the same for K = 8, M = 4; here 2. Experts of closed nodes
+    score 0 in the released model and in the inference code's first versions, so that they win over an open one with
+    s + b < 0; -inf in its later ones, transformers, SGLang, Megatron-LM and here. Weights are divided by their sum, to
+    which transformers, Megatron-LM and this add 1e-20. Megatron-LM moves b and counts for the loss as here; it and
+    transformers have no loss over nodes. torchtitan takes the mean off each step of b, which no choice can tell.
     """
 
     Options = DeepSeekV3Options
@@ -74,7 +80,7 @@ class DeepSeekV3(Router):
             share_TE = affinity_TE / affinity_TE.sum(1, keepdim=True)
             best_TK = top(affinity_TE, options.top_k)
             loss = options.aux_loss * sequence_load_balancing(share_TE, best_TK, context.sequence_T)
-        return routing(index_TK, weight_TK, None, loss)
+        return all_served(index_TK, weight_TK, loss)
 
     def after_step(self, load_E: Tensor) -> None:
         """Move the bias towards experts with less than the mean load."""
@@ -94,6 +100,11 @@ class LossFreeOptions(DeepSeekV3Options):
 
 
 class LossFree(DeepSeekV3):
-    """The K best sigmoid(z) + b, weights sigmoid(z) (arXiv 2408.15664, eq. 3 and algorithm 1)."""
+    """The K best sigmoid(z) + b, weights sigmoid(z) (arXiv 2408.15664, eq. 3 and algorithm 1; numbers from memory).
+
+    Implementations: Megatron-LM steps b by the sign of mean load less load, summed over all processes, as here, and
+    divides the weights by their sum: `normalize=yes`. torchtitan takes the mean of the steps off, and says that this is
+    not the paper's; choices are the same.
+    """
 
     Options = LossFreeOptions

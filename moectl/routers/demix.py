@@ -26,7 +26,11 @@ class DeMix(Single):
     """The expert of the token's domain, with weight 1. Nothing is learnt, nothing is balanced but by the data.
 
     Experts are domains, so that one can be added or removed. For text of an unknown domain the layers are run once for
-    each domain, and the predictions are mixed with `posterior`.
+    each domain, and the predictions are mixed with `posterior` (section 5; number from memory).
+
+    Implementations: one is known, the release (kernelmachine/demix). Its `SequenceScorer` weighs domains by the
+    likelihood of one token, where the paper takes all before: `history=False`; it begins each sequence with equal
+    weights if it was given a prior, where this begins with the prior; and it can take the plain mean of all domains.
     """
 
     Options = DeMixOptions
@@ -47,9 +51,7 @@ class DeMix(Single):
 def posterior(log_likelihood_TJ: Tensor, prior_J: Tensor, history: bool = True) -> Tensor:
     """How probable each domain is at each token, given only tokens before it [T, J]; the first has the prior.
 
-    P(j | x_<t) is in proportion to p(x_<t | j) P(j), by Bayes' rule. The release (kernelmachine/demix,
-    `sequence_scorer.py`) takes the likelihood of the one token before, where the paper takes all: `history=False`; and
-    begins each sequence with equal weights if it was given a prior.
+    P(j | x_<t) is in proportion to p(x_<t | j) P(j), by Bayes' rule.
 
     Args:
         log_likelihood_TJ: log p(x_t | x_<t, j), of the same tokens under each domain's model.

@@ -31,12 +31,15 @@ class DSelectKOptions(Options):
 class DSelectK(Router):
     """q = sum_j softmax(a)_j r(z^j), with r(z)_i a product over bits b: of S(z_b) where i has it, else 1 - S(z_b).
 
-    S(t) = -2 t^3 / gamma^3 + 3 t / (2 gamma) + 1/2 between 0 and 1. a and z are linear in the hidden state (the paper's
-    per-example gate; its static gate has them as parameters). Where E is no power of 2, some codes name no expert: the
-    weights sum to less than 1, and 1 / sum_i r(z)_i, of each selector, is added to the loss.
+    S(t) = -2 t^3 / gamma^3 + 3 t / (2 gamma) + 1/2 between 0 and 1 (section 3; number from memory). a and z are linear
+    in the hidden state (the paper's per-example gate; its static gate has them as parameters). Where E is no power of
+    2, some codes name no expert: the weights sum to less than 1, and 1 / sum_i r(z)_i, of each selector, is added to
+    the loss.
 
-    The released code sums its penalties over the tokens of a batch; here they are means, so that coefficients do not
-    depend on its size.
+    Implementations: the authors' Keras layer (google-research `dselect_k_moe`) sums both penalties over the tokens of a
+    batch, and has none of entropy unless one is passed; here they are means over tokens, so that coefficients do not
+    depend on its size. LibMTL's port has an entropy of 1e-6 always; where E is no power of 2 it bounds the second
+    penalty, divides both by tokens and selectors, and takes 1 off. The gate is the same in all.
     """
 
     Options = DSelectKOptions

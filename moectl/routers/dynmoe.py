@@ -17,7 +17,7 @@ class DynMoeOptions(Options):
 
     Attributes:
         top_k: of no effect: as many experts as pass their threshold.
-        aux_loss: coefficient of the loss that keeps experts apart and short; from memory.
+        aux_loss: coefficient of the loss that keeps experts apart and short; its value is from memory.
     """
 
     top_k: int = 1
@@ -29,11 +29,20 @@ class DynMoe(Router):
 
     A token that passes no threshold goes nowhere in training. The step has the gradient of relu(sigmoid(cos) -
     sigmoid(G)), which is none for experts that do not work; so the weight is 1 / k, and its gradient is not. The loss
-    is ||C - 1||_F + mean_e ||w_e||, with C the cosines of experts. A later revision of the released code adds a
-    balancing loss and the mean number of experts; the growing and culling of experts during training is not routing.
+    is ||C - 1||_F + mean_e ||w_e||, with C the cosines of experts (eq. 8, as others number it). The growing and culling
+    of experts during training (algorithm 1) is not routing.
+
+    Implementations: the release (LINs-lab/DynMoE), a fork of DeepSpeed, is followed in the gate, its gradient and what
+    a token without experts gets in use. It multiplies cosines and thresholds by a temperature, which it sets to 1 and
+    does not train. Its later revision adds the balancing loss and the mean of the gates: not here.
     """
 
     Options = DynMoeOptions
+
+    @property
+    def active(self) -> None:
+        """As many as a token asks for."""
+        return None
 
     def make_gate(self, hidden_size: int) -> None:
         """Orthogonal experts, thresholds 0: half of all directions pass."""

@@ -34,12 +34,22 @@ class E3Options(Options):
 class E3(Router):
     """Each member: softmax over its E/M experts (of noisy scores in training), the k largest, weighted by probability.
 
-    The paper tiles the batch, copy m for member m; here a token comes once and has columns m * k to m * k + k - 1 for
-    member m. Members' outputs are to be kept apart, and their predictions averaged. Weights of a member sum to 1 at
-    most. Causal for one expert per member, or without a capacity: second choices queue behind all first ones.
+    The paper tiles the batch, copy m for member m (section 4; number from memory); here a token comes once and has
+    columns m * k to m * k + k - 1 for member m. Members' outputs are to be kept apart, and their predictions averaged.
+    Weights of a member sum to 1 at most. Causal for one expert per member, or without a capacity: second choices queue
+    behind all first ones.
+
+    Implementations: one is known, google-research/vmoe `NoisyTopExpertsPerItemEnsembleRouter`, and ours equals it,
+    except that it tiles, and counts places and losses in groups of the batch; here the group is everything that is
+    routed.
     """
 
     Options = E3Options
+
+    @property
+    def active(self) -> float:
+        """Those of all members."""
+        return float(self.options.members * self.options.top_k)
 
     def __init__(self, hidden_size: int | None, num_experts: int, options: E3Options | None = None) -> None:
         super().__init__(hidden_size, num_experts, options)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moectl.routers.choice import choose
 from moectl.routers.losses import load_balancing
-from moectl.routers.protocol import Context, Options, Router, Routing, routing, top, wide
+from moectl.routers.protocol import Context, Options, Router, Routing, routing, wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,10 @@ class Gemma4Options(Options):
 class Gemma4(Router):
     """p = softmax(W (RMSNorm(x) * s / sqrt(D))); the k best over their sum, times the expert's own scale.
 
-    transformers' router returns p where others return logits.
+    There is no paper: the formula is transformers' (`Gemma4TextRouter`), whose router returns p where others do logits.
+
+    Implementations: transformers, TensorRT-LLM, MLX ports and others take the same steps. They round to the model's
+    type between the norm and the softmax; here all of it is in float32.
     """
 
     Options = Gemma4Options
@@ -51,9 +55,8 @@ class Gemma4(Router):
 
     def route(self, scores_TE: Tensor, context: Context) -> Routing:
         """The choice, and in training the balancing loss."""
-        probability_TE = wide(scores_TE).softmax(-1)
-        index_TK = top(scores_TE, self.options.top_k)
-        weight_TK = probability_TE.gather(1, index_TK)
-        weight_TK = weight_TK / weight_TK.sum(1, keepdim=True) * wide(self.per_expert_scale)[index_TK]
-        loss = self.options.aux_loss * load_balancing(probability_TE, index_TK) if context.training else None
-        return routing(index_TK, weight_TK, None, loss)
+        index_TK, weight_TK = choose(scores_TE, self.options.top_k, normalize=True)
+        loss = None
+        if context.training:
+            loss = self.options.aux_loss * load_balancing(wide(scores_TE).softmax(-1), index_TK)
+        return routing(index_TK, weight_TK * wide(self.per_expert_scale)[index_TK], None, loss)

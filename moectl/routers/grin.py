@@ -31,10 +31,15 @@ class GrinOptions(Options):
 
 class Grin(Router):
     """k times: mask what is far below the largest logit, draw from the masked softmax (in use: its argmax), weigh with
-    that softmax at the drawn one, and ban it (section 3; Phi-3.5-MoE). Weights are not normalised, and can sum to k.
+    that softmax at the drawn one, and ban it (section 3; number from memory). Weights are not normalised, and can sum
+    to k.
 
     Heun's third order estimator (arXiv 2310.00811): where another than the argmax was drawn, the weight is a third of
     itself with probability 3/4, while the gradient stays that of the whole weight.
+
+    Implementations: transformers' Phimoe trains and serves; vLLM and SGLang serve alone, with the threshold fixed at
+    0.01. All take two experts, whatever number the configuration has; here any. transformers writes 0.3333 for the
+    third.
     """
 
     Options = GrinOptions

@@ -37,9 +37,12 @@ class HashOptions(Options):
 class Hash(Router):
     """e = hash(token), weight 1, nothing to learn; the paper's random hash. K > 1 draws K experts, maybe one twice.
 
-    ParlAI's code draws its table with Python's generator; here the id itself is scrambled (splitmix64), so that no
-    vocabulary is needed. For the paper's balanced or dispersed tables, or its clusters of embeddings, write into
-    `table_VK`.
+    Of section 3 ("hash functions"; number from memory): `balanced_table` and `dispersed_table` are its other tables, to
+    be written into `table_VK`, as are clusters of embeddings.
+
+    Implementations: ParlAI, by the paper's authors, draws one table with Python's generator, seed 42, and leaves other
+    hash functions to its reader; here the id itself is scrambled (splitmix64), so that no vocabulary is needed. Its
+    experts hold the residual and the layer norm. Hetu's `HashGate` is given the experts, and a capacity.
     """
 
     Options: ClassVar[type[Options]] = HashOptions
@@ -88,12 +91,16 @@ class MultiHashOptions(HashOptions):
 
 
 class MultiHash(Hash):
-    """K hash functions k_m = hash_m(x): the m-th gives the m-th of K slices of each weight matrix (section 3.3).
+    """K hash functions k_m = hash_m(x): the m-th gives the m-th of K slices of each weight matrix (section 3.3; number
+    from memory).
 
     v = relu([A1_{k1}(x), .., AK_{kK}(x)]), y = [B1_{k1}(v), .., BK_{kK}(v)]: an expert's number stands for its K
     slices, and column m of the routing says whose m-th is taken. How a matrix is sliced is the layer's business.
 
-    Unverified: no source was at hand but what others quote of the paper.
+    Implementations: none is public.
+
+    Unverified: that each of the functions selects the parameters of one segment, and that the segments are then
+    concatenated, is as notes on the paper quote it; v and y are from memory.
     """
 
     Options = MultiHashOptions
@@ -113,12 +120,16 @@ class MoweOptions(HashOptions):
 class Mowe(Hash):
     """e = id mod E, where ids are numbers in a routing vocabulary of words sorted by frequency (arXiv 2311.10768).
 
-    The paper's hash of a routing id is fixed, and not told further; this one gives a word of its own to each expert
-    where there are as many, and else parts neighbours in frequency, so that no expert has several of the most frequent
-    words. Its buckets by frequency and blocks of experts are about where experts are kept. The context's tokens are to
-    be numbers in the routing vocabulary (a million words, by another tokenizer), not the model's.
+    A token goes to one expert, by its id in the routing vocabulary at that position, as the caption of the paper's
+    figure 2 says. The routing function is fixed; which one it is we could not read. This one gives an expert of its
+    own to each word where there are as many, and else parts neighbours in frequency, so that no expert has several of
+    the most frequent words. The paper's buckets by frequency and blocks of experts are about where experts are kept.
+    The context's tokens are to be numbers in the routing vocabulary (a million words, by another tokenizer), not the
+    model's.
 
-    Unverified: no source was at hand but what others quote of the paper.
+    Implementations: none is public.
+
+    Unverified: of the paper no more was at hand than its abstract and others' summaries.
     """
 
     Options = MoweOptions
@@ -144,7 +155,12 @@ class DeepSeekV4Hash(Hash):
     """The first layers of DeepSeek-V4: a table says which experts, a learned gate how much of each.
 
     w = s / sum(s) * scale over the chosen, s = sqrt(softplus(z)). The table is the checkpoint's `tid2eid`; without one
-    a token's experts are those whose numbers hash highest with it.
+    a token's experts are those whose numbers hash highest with it. No paper was at hand, only the code of transformers
+    (`DeepseekV4HashRouter`, after section 2.1 of the report).
+
+    Implementations: transformers, SGLang, Megatron-LM and ports of the official code look the experts up, and weigh
+    them as here; transformers and this add 1e-20 to the sum. Without a checkpoint Megatron-LM warns, and gives a token
+    the experts (id + k) mod E, its neighbours the same but one; transformers leaves zeros.
     """
 
     Options = DeepSeekV4HashOptions

@@ -32,7 +32,12 @@ class Inkling(Router):
     """The K routed experts of largest sigmoid(z) + b; weights sigmoid(z) over the sum of the K and the shared ones,
     times `scale` and a learnt number. Experts from `num_experts` on are the shared ones, in the last columns.
 
-    Scores as wide as `num_experts` have no shared experts.
+    Scores as wide as `num_experts` have no shared experts. There is no paper: the formula is transformers'.
+
+    Implementations: transformers, vLLM, NeMo Automodel and others are the same; they divide in logarithms, as this
+    does, so that sigmoids may all be 0 in float32. SGLang can have a softmax gate too, normalise before the choice, or
+    leave the shared experts out of it, which the checkpoint does not ask for. None says how the bias was trained: the
+    step here is DeepSeek-V3's.
     """
 
     Options = InklingOptions
@@ -44,6 +49,11 @@ class Inkling(Router):
         self.global_scale = nn.Parameter(torch.ones(1))
         self.register_buffer("bias", torch.zeros(num_experts))
 
+    @property
+    def active(self) -> float:
+        """Those that are always on besides."""
+        return float(self.options.top_k + self.options.shared_experts)
+
     def make_gate(self, hidden_size: int) -> None:
         """A row for each routed and each shared expert."""
         rows = self.num_experts + self.options.shared_experts
@@ -51,13 +61,13 @@ class Inkling(Router):
 
     def route(self, scores_TE: Tensor, context: Context) -> Routing:
         """The choice, from scores of routed experts and shared ones after them."""
-        affinity_TE = wide(scores_TE).sigmoid()
-        chosen_TK = top(affinity_TE[:, : self.num_experts].detach() + self.bias.to(affinity_TE), self.options.top_k)
-        shared_S = torch.arange(self.num_experts, affinity_TE.shape[1], device=chosen_TK.device)
+        scores_TE = wide(scores_TE)
+        affinity_TE = scores_TE[:, : self.num_experts].detach().sigmoid()
+        chosen_TK = top(affinity_TE + self.bias.to(affinity_TE), self.options.top_k)
+        shared_S = torch.arange(self.num_experts, scores_TE.shape[1], device=chosen_TK.device)
         index_TK = torch.cat([chosen_TK, shared_S.expand(len(chosen_TK), -1)], 1)
-        weight_TK = affinity_TE.gather(1, index_TK)
-        weight_TK = self.options.scale * wide(self.global_scale) * weight_TK / weight_TK.sum(1, keepdim=True)
-        return routing(index_TK, weight_TK)
+        share_TK = nn.functional.logsigmoid(scores_TE.gather(1, index_TK)).softmax(1)
+        return routing(index_TK, self.options.scale * wide(self.global_scale) * share_TK)
 
     def after_step(self, load_E: Tensor) -> None:
         """Move the bias of routed experts."""

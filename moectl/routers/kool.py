@@ -30,7 +30,8 @@ class KoolOptions(Options):
 
 
 class Kool(Single):
-    """In training the weight of the drawn expert z is p(z) over the chance of the draw, so that E[weight at e] = p(e).
+    """In training the weight of the drawn expert z is p(z) over the chance of the draw, so that E[weight at e] = p(e)
+    (section 3; number from memory).
 
     A layer's output is then an unbiased estimate of the whole mixture's, sum_e p_e E_e(x), and so is its gradient to
     experts and gate, whatever the capacity did to the draws. The paper weights losses and gradients of log p by the
@@ -41,7 +42,13 @@ class Kool(Single):
     - balanced: given the noise of all other tokens, softmax_e(log p_e - loss of value to the others if they give up a
       place at e for one at z), by shortest paths between experts.
 
-    In use: the most probable expert, unweighted. Unverified: written from memory.
+    In use: the most probable expert, unweighted.
+
+    Implementations: none is public.
+
+    Unverified: the abstract and introduction say that there are two unbiased estimators, one that skips what exceeds
+    an expert's room, and one of balanced assignments by an extended Gumbel-Matching distribution, and that the first
+    did better on a toy task; the formulas are from memory. That both are unbiased is tested.
     """
 
     Options = KoolOptions

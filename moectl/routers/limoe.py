@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moectl.routers.capacity import capacity, kept
+from moectl.routers.choice import choose
 from moectl.routers.labels import labelled, rows
 from moectl.routers.losses import entropy
-from moectl.routers.protocol import Context, Options, Router, Routing, routing, top, wide
+from moectl.routers.protocol import Context, Options, Router, Routing, routing, wide
 
 
 @dataclass(frozen=True, slots=True)
 class LimoeOptions(Options):
-    """Coefficients and the soft minimum are from memory.
+    """Values of coefficients and of the soft minimum are from memory.
 
     Attributes:
         modalities: how many there are.
@@ -37,10 +38,13 @@ class Limoe(Router):
     """Top-1 of softmax(W h), weight p; the most certain tokens of the batch, of either modality, get places first.
 
     For each modality m, over its own tokens: local(m) = mean H(p), so that a token knows its expert; global(m) =
-    max(0, log S - H(mean p)), so that the modality does not collapse onto fewer than S experts. Both are averaged over
-    the modalities there are; the paper chooses which modality gets which.
+    max(0, log S - H(mean p)), so that the modality does not collapse onto fewer than S experts (section 2.2; number
+    from memory). Both are averaged over the modalities there are; the paper chooses which modality gets which.
 
-    Unverified: the threshold is as others quote the paper (koayon/ml-implementations, `hf_model.py`), the rest is from
+    Implementations: the authors' code was not found. koayon/ml-implementations quotes the paper on the threshold, for
+    each modality max(0, tau + Omega_global) with tau = log S, so that at least S experts are used, and has the local
+    loss as here; its own global loss has the sign of the entropy turned and no threshold. kyegomez/LIMoE has neither
+    loss. That the surest tokens come first, that modalities are averaged, and the values of the options are from
     memory.
     """
 
@@ -49,9 +53,7 @@ class Limoe(Router):
     def route(self, scores_TE: Tensor, context: Context) -> Routing:
         """The choice, and in training the entropy losses."""
         options = self.options
-        probability_TE = wide(scores_TE).softmax(-1)
-        index_TK = top(scores_TE, options.top_k)
-        weight_TK = probability_TE.gather(1, index_TK)
+        index_TK, weight_TK = choose(scores_TE, options.top_k)
         room_TK = None
         if options.capacity_factor:
             room = capacity(len(scores_TE), self.num_experts, options.top_k, options.capacity_factor)
@@ -59,7 +61,7 @@ class Limoe(Router):
         loss = None
         if context.training:
             modality_T = labelled(context.modality_T, options.modalities, "modality")
-            loss = entropy_loss(probability_TE, modality_T, options)
+            loss = entropy_loss(wide(scores_TE).softmax(-1), modality_T, options)
         return routing(index_TK, weight_TK, room_TK, loss)
 
 

@@ -6,8 +6,9 @@ Legend: T tokens, E experts, K choices, N sequences.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
+from moectl.routers.processes import summed
 from moectl.routers.protocol import NO_EXPERT, counts, top, wide
 
 
@@ -33,9 +34,7 @@ def load_balancing(probability_TE: Tensor, index_TK: Tensor, everywhere: bool = 
     Global-batch balancing (arXiv 2501.11873) lets a process's own tokens, of one domain maybe, be uneven.
     """
     load_E = counts(index_TK, probability_TE.shape[-1])
-    if everywhere and distributed.is_initialized():
-        distributed.all_reduce(load_E)
-    return balance(probability_TE, load_E)
+    return balance(probability_TE, summed(load_E) if everywhere else load_E)
 
 
 def sequence_load_balancing(probability_TE: Tensor, index_TK: Tensor, sequence_T: Tensor | None) -> Tensor:

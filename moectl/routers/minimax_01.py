@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moectl.routers.capacity import capacity, kept
+from moectl.routers.capacity import capacity, places
 from moectl.routers.choice import choose
 from moectl.routers.losses import load_balancing
+from moectl.routers.processes import queued_before, tokens
 from moectl.routers.protocol import Context, Options, Router, Routing, routing, wide
 
 
@@ -27,11 +28,15 @@ class MiniMax01Options(Options):
 
 
 class MiniMax01(Router):
-    """Top-2 of a softmax over their sum; GShard's loss; tokens beyond an expert's room are dropped.
+    """Top-2 of a softmax over their sum; GShard's loss; tokens beyond an expert's room are dropped (section 2.1).
 
     The report's global router gathers the number of tokens per expert over all expert-parallel groups before it drops,
-    so that room which one group does not use serves another: the room of all tokens, first choices first, as here.
-    Checked against transformers: the choice and the weights. The capacity is as the report describes it in words.
+    so that room which one group does not use serves another: the room of all tokens, first choices first. Here the
+    groups are the processes of a training, and the loss takes its load over all of them too; in use each is alone.
+
+    Implementations: transformers' class and a port to SGLang (renormalize=True) have the choice and the weights over
+    their sum, and no capacity, for they do not train; ours equals the first with a capacity factor of 0. The training
+    code is not public: capacity and loss are as the report describes them in words.
     """
 
     Options = MiniMax01Options
@@ -42,9 +47,13 @@ class MiniMax01(Router):
         index_TK, weight_TK = choose(scores_TE, options.top_k, normalize=True)
         room_TK = None
         if options.capacity_factor:
-            room = capacity(len(scores_TE), self.num_experts, options.top_k, options.capacity_factor)
-            room_TK = kept(index_TK, self.num_experts, room)
+            place_TK, held = places(index_TK, self.num_experts), len(scores_TE)
+            if context.training:
+                place_TK = place_TK + queued_before(index_TK, self.num_experts).t().gather(0, index_TK)
+                held = tokens(held, scores_TE.device)
+            room_TK = place_TK < capacity(held, self.num_experts, options.top_k, options.capacity_factor)
         loss = None
         if context.training:
-            loss = options.aux_loss * load_balancing(wide(scores_TE).softmax(-1), index_TK[:, :1])
+            probability_TE = wide(scores_TE).softmax(-1)
+            loss = options.aux_loss * load_balancing(probability_TE, index_TK[:, :1], everywhere=True)
         return routing(index_TK, weight_TK, room_TK, loss)

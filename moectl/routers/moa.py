@@ -28,11 +28,14 @@ class MoaOptions(Options):
 
 
 class Moa(Router):
-    """Top-k of p = softmax(W_g q); weight p_i / detach(sum of the chosen p).
+    """Top-k of p = softmax(W_g q); weight p_i / detach(sum of the chosen p) (section 3, number from memory).
 
-    Keys and values are one and the same for all heads, so that only queries and outputs are routed. Public code
-    disagrees: yikangshen/MoA (`moe.py`) has the division commented out (`normalize=False`); JetMoe takes the softmax of
-    the chosen logits, which is equal in value and has the gradient of the sum too.
+    Keys and values are one and the same for all heads, so that only queries and outputs are routed.
+
+    Implementations: the authors' yikangshen/MoA (`moe.py`) has the division commented out (`normalize=False`), takes
+    noisy logits on request (as of `NoisyTopK`) and draws some of the choices by their probability on request; balance
+    and z losses are as here, and a loss of the CV of the summed weights is left out. JetMoe in transformers takes the
+    softmax of the chosen logits, which is equal in value to ours and has the gradient of the sum too.
     """
 
     Options = MoaOptions

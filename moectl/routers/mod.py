@@ -23,12 +23,14 @@ class ModOptions(Options):
         decide: in use, by what (section 3.5): `top`, as in training, which looks ahead; `threshold`, sigmoid(r) > 1/2,
             where training pushes r to either side; `predictor`, a second gate that learns the choice and nothing else.
         aux_loss: coefficient of the cross entropy that teaches the latter two what was chosen.
+        sigmoid: whether the weight is sigmoid(r), in (0, 1), in place of r.
     """
 
     top_k: int = 1
     share: float = 0.125
     decide: str = "top"
     aux_loss: float = 0.01
+    sigmoid: bool = False
 
 
 class Mod(Single):
@@ -36,9 +38,13 @@ class Mod(Single):
 
     Expert 0 is the block, NO_EXPERT the way around it; further experts are never chosen. r is no probability: it may be
     of any sign. The share's tokens are rounded up. The predictor is a hidden layer of half the width over detached
-    hidden states; the paper does not say how large its own is, nor how the loss is weighted. Public code disagrees:
-    astramind-ai/Mixture-of-depths multiplies the block's output with its residual by r, sramshetty/mixture-of-depths,
-    which has that predictor, multiplies by sigmoid(r).
+    hidden states; the paper does not say how large its own is, nor how the loss is weighted.
+
+    Implementations: the authors' code was not found, and others disagree. sramshetty/mixture-of-depths, which has that
+    predictor, multiplies the block's MLP, and not its attention, by sigmoid(r) (`sigmoid`), and adds what comes out,
+    residual and all, to the token once more. astramind-ai/Mixture-of-depths multiplies the block's output, residual and
+    all, by r, has a gate with a bias, rounds the share down, lets it fall from 1 to 1/8 in training, and passes tokens
+    above the smallest of the chosen r alone, which is one fewer.
     """
 
     Options = ModOptions
@@ -48,6 +54,11 @@ class Mod(Single):
         super().__init__(hidden_size, num_experts, options)
         if self.options.decide not in DECIDE or not 0 < self.options.share <= 1:
             raise ValueError(f"{self.options}: decide is one of {', '.join(DECIDE)}, and share in (0, 1]")
+
+    @property
+    def active(self) -> float:
+        """The one block, for a share of the tokens."""
+        return float(self.options.share)
 
     def make_gate(self, hidden_size: int) -> None:
         """One row; and the predictor, if that decides."""
@@ -75,4 +86,4 @@ class Mod(Single):
         else:
             through_T = decision_T > 0
         index_T1 = torch.where(through_T, 0, NO_EXPERT)[:, None]
-        return routing(index_T1, scores_T1, aux_loss=loss)
+        return routing(index_T1, scores_T1.sigmoid() if options.sigmoid else scores_T1, aux_loss=loss)

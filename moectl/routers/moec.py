@@ -35,13 +35,19 @@ class MoecOptions(Options):
 
 
 class Moec(Router):
-    """Top-1 of what is left; y = sigmoid(z_e) E_e(x) + (1 - sigmoid(z_e)) x, so the weight is of what E_e adds.
+    """Top-1 of what is left; y = sigmoid(z_e) E_e(x) + (1 - sigmoid(z_e)) x, so the weight is of what E_e adds (section
+    3, number from memory).
 
-    loss = balance + variance * E * mean over clusters of var(P_e in the cluster), P the mean of softmax(z). In the
-    released code (xy980523/MoEc_model) z is a cosine over 0.07, P a sum over tokens and not their mean, in both terms
-    (so that the variance grows with the batch), the draw of the experts left out is kept for 250 steps, and is the same
-    in all clusters: each machine holds a cluster, and all drop the same local numbers. Here each cluster draws its own,
-    for each batch.
+    loss = balance + variance * E * mean over clusters of var(P_e in the cluster), P the mean of softmax(z). Each
+    cluster draws the experts that it leaves out anew for each batch.
+
+    Implementations: one is known, the authors' xy980523/MoEc_model (`gdmoe` and `tmoe_edrop`, `top1gate.py` and
+    `moe_layer.py`). There z is a cosine over a temperature, learnt from 0.07 and fixed at that in the loss; P is a sum
+    over tokens and not their mean, in both terms, so that the variance grows with the batch; the variance is over all
+    experts (`coef_type` 0), within clusters (1), or that with `apart` (2). The draw is kept for `dropout_interval`
+    calls, and the numbers drawn are those within a machine, repeated for each one: all clusters drop the same, and the
+    gate reads the first cluster's rows for all of them. An expert's tokens beyond its capacity keep their hidden state;
+    here none is dropped.
     """
 
     Options = MoecOptions

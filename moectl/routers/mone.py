@@ -40,6 +40,11 @@ class Mone(Single):
     Not causal: tokens of a sequence compete. Expert 0 is the narrowest. The paper routes once, in the first layer, for
     all layers. Eq. 3, printed with c_i over delta^(i-1), is maximised with c_i * delta^(i-1), as its text has it (wider
     ones are to be preferred).
+
+    Implementations: the authors' code is not public (from memory). usryokousha/mone-pytorch (`routing.py`) has this
+    rule and these shares, and departs from them in use: alpha begins at 1; positions that one sequence of a batch chose
+    are marked in all of its sequences; and its widths fall with an expert's number, while its last expert chooses
+    first.
     """
 
     Options = MoneOptions

@@ -34,8 +34,13 @@ class NoisyTopK(Router):
     """H = x W_g + N(0, 1) * softplus(x W_n) (eq. 4); G = softmax of the k largest of H (eq. 3, 5).
 
     Losses: w_i CV(sum_x G(x))^2 (eq. 6-7) and w_l CV(sum_x P(x))^2 (eq. 10-11), P_i = Phi((x W_g - t_i) / noise's
-    deviation) with t_i the k-th largest of H without i (eq. 8-9). Both matrices start at zero. fastmoe takes the
-    variance of a sample, Tensor2Tensor and this that of the population.
+    deviation) with t_i the k-th largest of H without i (eq. 8-9). Both matrices start at zero.
+
+    Implementations: Tensor2Tensor (`expert_utils.py`), laekov/fastmoe (`noisy_gate.py`) and
+    davidmrau/mixture-of-experts have the same gate, and add 0.01 to the noise's deviation, which the paper does not
+    (`noise_floor`). The CV is over the population in Tensor2Tensor and here, over a sample, E / (E - 1) times as much,
+    in the other two, which add both losses up under one coefficient. davidmrau's mixes experts in log space: log sum_e
+    G_e exp(y_e).
     """
 
     Options = NoisyTopKOptions

@@ -37,14 +37,23 @@ class PeerOptions(Options):
 class Peer(Router):
     """Expert i * B + j has score q1 . c_i + q2 . c'_j, with [q1, q2] = W h; the top k of each head, over their softmax.
 
-    The top k of the sums are among the sums of the top k of each half, so that A + B products and k^2
-    sums stand in for A * B products. The paper has A = B; where E is no square, A is the largest divisor below its
-    root. Batch normalisation of queries, which the paper's ablation prefers, is left out, as in lucidrains' code.
-    transformers' Doge has one head, and the projection gives the sub-scores themselves; it splits them into halves
-    across the *tokens* of a batch, which its own comment says.
+    The top k of the sums are among the sums of the top k of each half, so that A + B products and k^2 sums stand in for
+    A * B products (section 2, algorithm 1). The paper has A = B; where E is no square, A is the largest divisor below
+    its root. Batch normalisation of queries, which the paper's ablation prefers, is left out.
+
+    Implementations: the authors' code is not public (from memory). lucidrains/PEER-pytorch follows algorithm 1 as ours
+    does, for squares alone, over a softmax or a ReLU (`gate`); it can normalise tokens first, and give each head
+    experts of its own. transformers' Doge has one head, and the projection gives the sub-scores themselves; it splits
+    them into halves across the *tokens* of a batch, which its own comment says: with the scores it means ours equals
+    it.
     """
 
     Options = PeerOptions
+
+    @property
+    def active(self) -> float:
+        """Single neurons, of all heads."""
+        return float(self.options.heads * self.options.top_k)
 
     def __init__(self, hidden_size: int | None, num_experts: int, options: PeerOptions | None = None) -> None:
         super().__init__(hidden_size, num_experts, options)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from moectl.routers.largest import largest
+from moe_kernels import top as top
 
 NO_EXPERT = -1
 """In place of an expert's number where a token goes nowhere: dropped over capacity, below a threshold, skipped."""
@@ -117,6 +117,11 @@ class Router(nn.Module):
         if hidden_size is not None:
             self.make_gate(hidden_size)
 
+    @property
+    def active(self) -> float | None:
+        """How many experts work on a token, on average and if none is dropped; None where the options do not say it."""
+        return float(self.options.top_k)
+
     def make_gate(self, hidden_size: int) -> None:
         """Make the parameters that `score` needs."""
         self.weight = nn.Parameter(torch.empty(self.num_experts, hidden_size))
@@ -162,16 +167,10 @@ def routing(
     )
 
 
-def top(scores_TE: Tensor, top_k: int) -> Tensor:
-    """The numbers of the k largest scores, the largest first, the lower number first among equals [T, K]."""
-    fast = scores_TE.device.type == "cpu" and scores_TE.dtype in (torch.float32, torch.float64)
-    if not fast or torch.compiler.is_compiling():
-        return scores_TE.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
-    # torch.topk orders equals as it likes, and takes 1.5 to 3 times as long (k = 8, E = 64 to 256, one thread).
-    flat_TE = scores_TE.detach().reshape(-1, scores_TE.shape[-1]).contiguous()
-    index_TK = torch.empty(len(flat_TE), min(top_k, flat_TE.shape[1]), dtype=torch.int64)
-    largest(flat_TE.numpy(), index_TK.numpy())
-    return index_TK.view(*scores_TE.shape[:-1], index_TK.shape[1])
+def all_served(index_TK: Tensor, weight_TK: Tensor, aux_loss: Tensor | None = None) -> Routing:
+    """A Routing of choices that all are experts with room: `routing` of them, without looking."""
+    loss = weight_TK.new_zeros(()) if aux_loss is None or not len(index_TK) else aux_loss
+    return Routing(index_TK, weight_TK, torch.zeros_like(index_TK, dtype=torch.bool), loss)
 
 
 def counts(index_TK: Tensor, num_experts: int) -> Tensor:

@@ -28,10 +28,14 @@ class PrototypingOptions(Options):
 
 
 class Prototyping(Router):
-    """In each group of E/k experts a softmax and its largest: y = sum_g p_g,e E_g,e(x) with e = argmax p_g.
+    """In each group of E/k experts a softmax and its largest: y = sum_g p_g,e E_g,e(x) with e = argmax p_g (section 3,
+    number from memory).
 
-    Column g is group g's choice: columns are not sorted by weight. Hetu's KTop1Gate gives an expert k * ceil(cf * T /
-    E) places; here ceil(cf * k * T / E).
+    Column g is group g's choice: columns are not sorted by weight.
+
+    Implementations: the authors' code was not found. Hsword/Hetu's `KTop1Gate` is followed: a softmax, a queue and a
+    balancing loss of its own for each group, weights as they are. It gives an expert k * ceil(cf * T / E) places, here
+    ceil(cf * k * T / E), and its gate has a bias.
     """
 
     Options = PrototypingOptions

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
+from moectl.routers.processes import summed
 from moectl.routers.protocol import Context, Options, Router, Routing, routing, top, wide
 
 
@@ -32,6 +33,11 @@ class Quantile(Router):
     and the new beta_e is the (k T / E + 1)-th largest z_e - alpha, so that k T / E tokens want e at that price. The
     steps of one update, those of all processes, are averaged, and beta is moved to mean 0. As in Megatron-LM, what a
     training call found is kept aside until `after_step`; found twice, as under gradient checkpointing, it is the same.
+
+    There is no paper: the rule is Jianlin Su's, told on his blog (kexue.fm/archives/11619, 2026).
+
+    Implementations: NVIDIA/Megatron-LM (`qb_dual_update`) is followed; it rounds k T / E down, and gathers the scores
+    of all tensor- and context-parallel ranks first.
     """
 
     Options = QuantileOptions
@@ -63,12 +69,10 @@ class Quantile(Router):
     @torch.no_grad()
     def after_step(self, load_E: Tensor) -> None:
         """Take over the prices of the calls since the last step, on all processes."""
-        if distributed.is_initialized():
-            distributed.all_reduce(self.found)
-            distributed.all_reduce(self.calls)
-        if self.calls:
+        found, calls = summed(self.found), summed(self.calls)
+        if calls:
             momentum = self.options.momentum
-            self.beta.mul_(momentum).add_((1 - momentum) * self.found / self.calls)
+            self.beta.mul_(momentum).add_((1 - momentum) * found / calls)
             self.beta -= self.beta.mean()
         self.found.zero_()
         self.calls.zero_()

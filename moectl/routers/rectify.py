@@ -37,8 +37,13 @@ class Rectify(Router):
     """softmax, the k largest, first come first served; then both repairs, weighted by the new expert's probability.
 
     Intra-GPU rectification costs no traffic and no padding: it goes beyond capacity. Fill-in rectification gives each
-    place to the highest probability that asks for it. Columns: k choices, repaired where they were dropped, then those
-    filled in. Unverified: what is done is told by the abstract and by others, weights are from memory.
+    place to the highest probability that asks for it (figure 2). Columns: k choices, repaired where they were dropped,
+    then those filled in. Unverified: what is done is told by the abstract, by that figure's caption and by others;
+    weights, and how the repairs follow each other, are from memory.
+
+    Implementations: none of both repairs is public, as far as we could find. ZhiYuanZeng/gpt-moe, of an author by its
+    name, has a precursor of the first (`local_post_moe.py`): tokens that lost all their choices, and no others, go
+    through the experts of their own device, which are all alike there, over weight 1.
     """
 
     Options = RectifyOptions

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from moectl.routers.losses import token_load_balancing
+from moectl.routers.processes import summed
 from moectl.routers.protocol import Context, Options, Router, Routing, routing, wide
 from moectl.routers.ranking import ranked
 
@@ -28,7 +29,7 @@ class ReMoeOptions(Options):
 
 
 class ReMoe(Router):
-    """y = sum of relu(z_e) E_e(h), without a softmax; experts of weight 0 are not run.
+    """y = sum of relu(z_e) E_e(h), without a softmax; experts of weight 0 are not run (section 3, number from memory).
 
     The loss is c * sum_e f_e mean(relu(z_e)) with f_e = E / (k T) * (how many tokens e has): an L1 norm that weighs
     busy experts more, alike to Switch's loss without its normalised probabilities. After a step c grows by `rate` if
@@ -36,7 +37,10 @@ class ReMoe(Router):
     that the training calls since the last step took. It is counted here, since loads do not tell how many tokens there
     were; counted twice, as under gradient checkpointing, it has the same sign.
 
-    The released code keeps one c for all layers; here each router has its own.
+    Implementations: the authors' is a fork of Megatron-LM (`l1_reg_load_balancing`, read in copies), whose weights and
+    loss ours has; it keeps one c for all layers, and here each router has its own. A port of it to BMTrain lets c fall
+    no lower than it began. Fsoft-AIC/LibMoE (`remoe.py`) is another router: k experts at most, weights divided by their
+    sum, the balancing loss of a softmax, and a coefficient that stays, since its update is commented out.
     """
 
     Options = ReMoeOptions
@@ -60,7 +64,5 @@ class ReMoe(Router):
 
     def after_step(self, load_E: Tensor) -> None:
         """Move the coefficient by the number of experts per token that the step ran, on all processes."""
-        if distributed.is_initialized():
-            distributed.all_reduce(self.excess)
-        self.coefficient *= self.options.rate ** self.excess.sign()
+        self.coefficient *= self.options.rate ** summed(self.excess).sign()
         self.excess.zero_()

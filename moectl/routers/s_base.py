@@ -26,11 +26,16 @@ class SBaseOptions(Options):
 
 
 class SBase(Router):
-    """In training the k largest of Pi = diag(u) exp(z) diag(v), whose rows sum to 1/T and columns to 1/E; else of z.
+    """In training the k largest of Pi = diag(u) exp(z) diag(v), whose rows sum to 1/T and columns to 1/E; else of z
+    (section 3.1).
 
-    The plan chooses and is no weight: that is sigmoid(z) for one expert, softmax(z) for more, not renormalised. As in
-    NVIDIA/Megatron-LM (`sinkhorn`, `sinkhorn_load_balancing`), which iterates on exp(z) and stops by the change of v;
-    this one does on logarithms, which do not overflow. Most that a plan wants may still be uneven: nothing is dropped.
+    The plan chooses and is no weight: that is sigmoid(z) for one expert, softmax(z) for more, not renormalised. Most
+    that a plan wants may still be uneven: nothing is dropped.
+
+    Implementations: the authors' code is not public (from memory). NVIDIA/Megatron-LM (`sinkhorn`,
+    `sinkhorn_load_balancing`) is followed: it iterates on exp(z), with 1e-8 added to sums, and stops when v changes by
+    less than 1e-4 in the mean; ours iterates on logarithms, which do not overflow, and stops by the change of log v.
+    RobertCsordas/moe_layer (`sinkmoid`) makes 3 rounds (`rounds`), and weighs by a sigmoid for any k.
     """
 
     Options = SBaseOptions

@@ -32,12 +32,17 @@ class SamOptions(Options):
 
 
 class Sam(Router):
-    """p = softmax(z); the group with the largest sum of p; in it the k largest, weighted by p.
+    """p = softmax(z); the group with the largest sum of p; in it the k largest, weighted by p (section 3, number from
+    memory).
 
     The alignment loss, mean over tokens of sum over experts elsewhere of max(0, p_e - p_k), with no gradient to the
-    last chosen p_k, draws the k most probable experts into one group. From Hetu (`SAMGate`, `SamGroupSum`, `SamMax`),
-    which sums it over tokens, and finds a group's experts as if each group had as many experts as there are groups. Not
-    causal: second choices queue behind all first ones. The paper's own coefficients were not at hand.
+    last chosen p_k, draws the k most probable experts into one group. Not causal: second choices queue behind all first
+    ones. The paper's own coefficients were not at hand.
+
+    Implementations: one is known, Hsword/Hetu (`SAMGate`, `SamGroupSum`, `SamMax`). It sums the alignment loss over
+    tokens; finds a group's experts as if each group had as many experts as there are groups; gives an expert k *
+    ceil(cf * T / E) places, here ceil(cf * k * T / E); and has second choices queue behind the number of *last*
+    choices, here behind that of first ones.
     """
 
     Options = SamOptions

@@ -28,11 +28,20 @@ class SoftMoe(Router):
     """Z = l2(X) (scale * l2(Phi)); D = softmax of Z over tokens, C = softmax of Z over slots; Y = C f(D' X) (eq. 1-3).
 
     Not causal: a slot mixes all tokens of its sequence, and no other's. With N sequences there are N times the slots,
-    expert by expert, and within an expert sequence by sequence; what crosses sequences is 0. Norms as in
-    google-research/vmoe: x / sqrt(sum x^2 + 1e-6).
+    expert by expert, and within an expert sequence by sequence; what crosses sequences is 0.
+
+    Implementations: the authors' google-research/vmoe (`projects/soft_moe/router.py`) is followed, norms included: x /
+    sqrt(sum x^2 + 1e-6). Unless told how many, it makes as many slots as tokens, divided over the experts and rounded,
+    and it can move Z by normal noise. lucidrains/soft-moe-pytorch takes RMS norms with a gain each in place of both l2
+    and the scale, so that Z begins larger by a factor of the hidden size, and its slots mix the normalised tokens.
     """
 
     Options = SoftMoeOptions
+
+    @property
+    def active(self) -> float:
+        """All."""
+        return float(self.num_experts)
 
     def make_gate(self, hidden_size: int) -> None:
         """A key for each slot of each expert, and the scale."""

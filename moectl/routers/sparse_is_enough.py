@@ -24,7 +24,7 @@ class SparseIsEnoughOptions(Options):
         rank: of the controller's matrix.
         temperature: what noise is multiplied with in training.
         hard: share of training batches with one expert per block; the others have all of them, over the softmax.
-        scale: whether, in use, experts are weighed by their softmax; else by 1.
+        scale: whether experts that work alone in their block are weighed by their softmax; else by 1.
     """
 
     top_k: int = 1
@@ -36,12 +36,17 @@ class SparseIsEnoughOptions(Options):
 
 
 class SparseIsEnough(Router):
-    """z = (h C1) C2 + b in blocks of N; in each the unit of the largest z works.
+    """z = (h C1) C2 + b in blocks of N; in each the unit of the largest z works (section 3.1, number from memory).
 
     The experts are the hidden units of a feed-forward layer (any experts will do, in blocks). Training looks at all of
-    them: softmax in each block, and in a share of the batches its straight-through version, 1 at the argmax of
-    log softmax + temperature * Gumbel noise and 0 elsewhere, with the gradient of the softmax. So index and weight have
-    all experts in training, in their order, and one per block in use.
+    them: softmax in each block, and in a share of the batches its straight-through version, 1 at the argmax of log
+    softmax + temperature * Gumbel noise and 0 elsewhere, with the gradient of the softmax. So index and weight have all
+    experts in training, in their order, and one per block in use.
+
+    Implementations: one is known, the authors' google/trax (`research/sparsity.py`), and choice and weights are its. It
+    multiplies by the weight inside the ReLU, so that where that is 0 no gradient comes back to it; here whoever runs
+    the experts does as they like. Its documentation speaks of a share of blocks that are hard; its code, and ours,
+    draws once for the whole batch.
 
     Raises:
         ValueError: blocks do not divide the experts.
@@ -53,6 +58,11 @@ class SparseIsEnough(Router):
         super().__init__(hidden_size, num_experts, options)
         if num_experts % self.options.block:
             raise ValueError(f"{num_experts} experts are not in blocks of {self.options.block}")
+
+    @property
+    def active(self) -> float:
+        """One of each block, in use."""
+        return float(self.num_experts // self.options.block)
 
     def make_gate(self, hidden_size: int) -> None:
         """Glorot's init of both factors."""
@@ -78,6 +88,7 @@ class SparseIsEnough(Router):
                 chosen_TK = (logits_TKN.log_softmax(-1) + noise_TKN).argmax(-1)
                 hard_TKN = nn.functional.one_hot(chosen_TK, options.block)
                 weight_TKN = hard_TKN + soft_TKN - soft_TKN.detach()
+                weight_TKN = weight_TKN * soft_TKN.detach() if options.scale else weight_TKN
             index_TE = torch.arange(self.num_experts, device=scores_TE.device).expand(T, -1)
             return routing(index_TE, weight_TKN.flatten(1))
         unit_TK = logits_TKN.argmax(-1)

@@ -37,16 +37,18 @@ class StableMoeOptions(Options):
 
 
 class StableMoe(Router):
-    """y = sigmoid(h . e_a) F_a(h), with a the greedy choice of h . e in the first stage, of the distilled router after.
+    """y = sigmoid(h . e_a) F_a(h), with a the greedy choice of h . e in the first stage, of the distilled router after
+    (section 3, number from memory).
 
     First stage: the loss has sum_e (n_e - n) / n * sum of sigmoid(h . e_e) over the n_e tokens of expert e, with n the
     mean load, and the cross entropy of the distilled router, whose scores are products of a token's own embedding with
-    centroids. Second stage, and use: the distilled router chooses, and gets no gradient; the weight is still
-    sigmoid(h . e_a) of the learnt centroids, and these are still trained.
+    centroids. Second stage, and use: the distilled router chooses, and gets no gradient; the weight is still sigmoid(h
+    . e_a) of the learnt centroids, and these are still trained.
 
-    The paper's losses are sums over tokens that its trainer divides by their number; here they are means. The released
-    code rounds the capacity down, here it is rounded up. Its experts have a residual inside, and tokens without a place
-    keep their hidden state.
+    Implementations: one is known, the authors' Hunter-DDM/stablemoe (`moe_layer.py`). Its losses are sums over tokens
+    that the trainer divides by their number; here they are means. It rounds capacity down, here it is rounded up;
+    tokens beyond it keep their hidden state; experts have a residual inside. In place of a token's own embedding it can
+    distil the mean of two, a convolution over five, or a small transformer; such routers are not here.
     """
 
     Options = StableMoeOptions

@@ -26,12 +26,16 @@ class SwitchHeadOptions(Options):
 
 
 class SwitchHead(Router):
-    """In each head the top-k of sigmoid(W h), with the sigmoids as weights: no competition, no loss, no noise.
+    """In each head the top-k of sigmoid(W h), with the sigmoids as weights: no competition, no loss, no noise (section
+    2.2, number from memory).
 
-    A layer has two such routers: one over keys' tokens, for value projections, and one over queries' tokens, for
-    output projections. Expert e of head h is number h * E + e, and a token has k choices of head 0, then k of head 1,
-    and so on (RobertCsordas/switchhead, `SwitchHeadCore.get_sel`). Dropout hides an expert from the choice, and leaves
-    its weight as it is.
+    A layer has two such routers: one over keys' tokens, for value projections, and one over queries' tokens, for output
+    projections. Expert e of head h is number h * E + e, and a token has k choices of head 0, then k of head 1, and so
+    on. Dropout hides an expert from the choice, and leaves its weight as it is.
+
+    Implementations: one is known, the authors' RobertCsordas/switchhead (`SwitchHeadCore.get_sel`), and ours equals it.
+    There, rows of the gate begin at unit length times their own deviation over that of all, here at unit length; and
+    one expert alone has a sigmoid for outputs and none for values, here both.
 
     Attributes:
         reach: heads * E.
@@ -42,6 +46,11 @@ class SwitchHead(Router):
     def __init__(self, hidden_size: int | None, num_experts: int, options: SwitchHeadOptions | None = None) -> None:
         super().__init__(hidden_size, num_experts, options)
         self.reach = self.options.heads * num_experts
+
+    @property
+    def active(self) -> float:
+        """Those of all heads."""
+        return float(self.options.heads * self.options.top_k)
 
     def make_gate(self, hidden_size: int) -> None:
         """A row per expert of each head; all rows are of one length, as experts that compete fairly need."""

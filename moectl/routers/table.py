@@ -104,14 +104,14 @@ ROUTERS: tuple[Entry, ...] = (
         "DeepSeekMoE",
         ("2401.06066",),
         "deepseek_moe:DeepSeekMoe",
-        source="deepseek-ai/DeepSeek-VL2 deepseek_vl2/models/modeling_deepseek.py `MoEGate`",
+        source="deepseek-ai/DeepSeek-VL2 modeling_deepseek.py `MoEGate`; arXiv 2401.06066 eq. 12-17",
     ),
     Entry(
         "deepseek-v2",
         "DeepSeek-V2, device-limited",
         ("2405.04434",),
         "deepseek_v2:DeepSeekV2",
-        source="transformers DeepseekV2TopkRouter",
+        source="transformers DeepseekV2TopkRouter; arXiv 2405.04434 section 2.2",
         same_as="DeepseekV2TopkRouter",
     ),
     Entry(
@@ -119,7 +119,7 @@ ROUTERS: tuple[Entry, ...] = (
         "DeepSeek-V3, node-limited and bias-balanced",
         ("2412.19437",),
         "deepseek_v3:DeepSeekV3",
-        source="transformers DeepseekV3TopkRouter; NVIDIA/Megatron-LM `get_updated_expert_bias`",
+        source="transformers DeepseekV3TopkRouter; Megatron-LM `get_updated_expert_bias`; arXiv 2412.19437 eq. 12-20",
         same_as="DeepseekV3TopkRouter",
     ),
     Entry(
@@ -158,7 +158,7 @@ ROUTERS: tuple[Entry, ...] = (
         "LongCat, zero-computation experts",
         ("2509.01322",),
         "longcat:LongCat",
-        source="transformers LongcatFlashTopkRouter",
+        source="transformers LongcatFlashTopkRouter; arXiv 2509.01322 eq. 2-5, as notes on it quote them",
         same_as="LongcatFlashTopkRouter",
     ),
     Entry(
@@ -166,7 +166,7 @@ ROUTERS: tuple[Entry, ...] = (
         "MoE++, zero, copy and constant experts",
         ("2410.07348",),
         "moe_plus_plus:MoePlusPlus",
-        source="SkyworkAI/MoE-plus-plus moe_plus_plus_layer.py",
+        source="SkyworkAI/MoE-plus-plus MoE++/moe_plus_plus_layer.py",
     ),
     Entry(
         "zaya",
@@ -191,7 +191,7 @@ ROUTERS: tuple[Entry, ...] = (
         "BASE layers",
         ("2103.16716",),
         "base:Base",
-        source="facebookresearch/fairseq fairseq/modules/base_layer.py",
+        source="facebookresearch/fairseq fairseq/modules/base_layer.py; arXiv 2103.16716 section 3",
     ),
     Entry(
         "s-base",
@@ -290,7 +290,7 @@ ROUTERS: tuple[Entry, ...] = (
     Entry(
         "adaptive-mixtures",
         "Adaptive mixtures of local experts",
-        ("Jacobs et al., 1991",),
+        ("Neural Computation 1991",),
         "adaptive_mixtures:AdaptiveMixtures",
         source="median-research-group/LibMTL LibMTL/architecture/MMoE.py (one gate of it)",
     ),
@@ -332,7 +332,7 @@ ROUTERS: tuple[Entry, ...] = (
         ("2204.09179",),
         "x_moe:XMoe",
         needs=("hidden",),
-        source="microsoft/torchscale torchscale/component/xmoe/routing.py, and the fairseq gate that it comes from",
+        source="microsoft/torchscale torchscale/component/xmoe/routing.py; xy980523/MoEc_model `Top1Gate`",
     ),
     Entry(
         "tutel-cosine",
@@ -433,6 +433,7 @@ ROUTERS: tuple[Entry, ...] = (
         "limoe:Limoe",
         needs=("logits", "modalities"),
         causal=False,
+        source="arXiv 2206.02770 on the threshold, quoted in koayon/ml-implementations moet_experiment/hf_model.py",
     ),
     Entry(
         "moa",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moectl.routers.choice import choose
 from moectl.routers.labels import labelled, linear, means
 from moectl.routers.losses import load_balancing
 from moectl.routers.protocol import Context, Options, Router, Routing, routing, top, wide
@@ -38,6 +39,9 @@ class TaskLevel(Router):
     its own gate, by task, all scores of a task are equal, and it is causal; captured scores of another model's tokens,
     and sentences, are averaged over tokens that come later, and are not. The paper found sentences much the worst, and
     tasks in the decoder alone the best.
+
+    Implementations: none is public, as far as we could find; GShard's chance of the second expert and its room are left
+    out.
     """
 
     Options = TaskLevelOptions
@@ -68,12 +72,9 @@ class TaskLevel(Router):
             label_T = torch.zeros(len(scores_TE), dtype=torch.int64, device=scores_TE.device)
         else:
             label_T = context.sequence_T
-        probability_TE = means(scores_TE, label_T).softmax(-1)
-        index_TK = top(probability_TE, options.top_k)
-        weight_TK = probability_TE.gather(1, index_TK)
-        if options.normalize:
-            weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
-        loss = options.aux_loss * load_balancing(probability_TE, index_TK) if context.training else None
+        mean_TE = means(scores_TE, label_T)
+        index_TK, weight_TK = choose(mean_TE, options.top_k, normalize=options.normalize)
+        loss = options.aux_loss * load_balancing(mean_TE.softmax(-1), index_TK) if context.training else None
         return routing(index_TK, weight_TK, aux_loss=loss)
 
 
@@ -94,7 +95,10 @@ class MtTagOptions(Options):
 class MtTag(Router):
     """Top-k of softmax(W_z h), with a gate W_z of the task z that the token belongs to; tasks share all experts.
 
-    Unverified: written from memory.
+    Unverified: that gates look at the task was read in the abstract; the formula (section 3, number from memory) is
+    from memory.
+
+    Implementations: none is public; Papers with Code lists none.
     """
 
     Options = MtTagOptions

@@ -18,17 +18,25 @@ class ThorOptions(Options):
         top_k: experts per token, drawn without replacement, over 1/k; all of them: their mean.
         level: in use, whether a draw holds for a `token`, a `sequence` or the whole `batch`; in training always the
             batch.
+        consistency: in training, what the disagreement of two passes is multiplied with; 0: one pass, and its loss.
     """
 
     top_k: int = 1
     level: str = "token"
+    consistency: float = 1.0
 
 
 class Thor(Router):
-    """One expert, uniformly at random, for each layer and pass of training; there is no gate.
+    """One expert, uniformly at random, for each layer and pass of training; there is no gate (section 3, number from
+    memory).
 
     The model is run twice on each batch, and `consistency` of the two outputs is added to the two losses. In use
     experts are drawn per token or per sequence, or all are run.
+
+    Implementations: one is known, the authors' microsoft/Stochastic-Mixture-of-Experts, whose draws and loss (weighed
+    by 1) are these. Every second layer has experts. The loss is summed over tokens that are no padding, and the trainer
+    divides by their number: whoever calls `consistency` gives it those alone. In use it draws by token or by sentence;
+    to run all is the paper's.
     """
 
     Options = ThorOptions
@@ -62,6 +70,6 @@ class Thor(Router):
 
 
 def consistency(one_TV: Tensor, two_TV: Tensor) -> Tensor:
-    """(KL(p|q) + KL(q|p)) / 2 of the softmax of two logits over the vocabulary, the mean over tokens."""
+    """(KL(p|q) + KL(q|p)) / 2 of the softmax of two logits over the vocabulary, of each token [T]."""
     one_TV, two_TV = wide(one_TV).log_softmax(-1), wide(two_TV).log_softmax(-1)
-    return ((one_TV.exp() - two_TV.exp()) * (one_TV - two_TV)).sum(-1).mean() / 2
+    return ((one_TV.exp() - two_TV.exp()) * (one_TV - two_TV)).sum(-1) / 2

@@ -29,13 +29,22 @@ class TopPOptions(Options):
 
 
 class TopP(Router):
-    """The most probable experts up to the one that carries the sum of p over the threshold, each over its own p.
+    """The most probable experts up to the one that carries the sum of p over the threshold, each over its own p
+    (section 2, number from memory).
 
     Weights are not divided by their sum. The losses are E * sum_e mean(p_e) * (share of tokens that go to e), and the
-    mean entropy of p; they are from memory, the released code has no training.
+    mean entropy of p; they are from memory.
+
+    Implementations: one is known, the authors' ZhenweiAn/Dynamic_MoE (`modeling_moe.py`), for use alone, and the choice
+    and the weights equal it. Its training code, with both losses, is not public there.
     """
 
     Options = TopPOptions
+
+    @property
+    def active(self) -> None:
+        """As many as a token asks for."""
+        return None
 
     def route(self, scores_TE: Tensor, context: Context) -> Routing:
         """The choice, and in training the losses."""

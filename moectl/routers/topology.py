@@ -31,10 +31,12 @@ class TopologyOptions(Options):
 class Topology(Router):
     """The top k of the logits and a softmax of them, if fewer than `outgoing` of a node's tokens would leave it with
     their first choice. Else all take the k best experts of their own node, and those with the largest first choices
-    elsewhere take that one in place of their last.
+    elsewhere take that one in place of their last (section 4.3, number from memory).
 
-    As in fastmoe (`faster_gate.py`), where k is 2 and where the loss counts a worker's experts for all experts; here
-    it is GShard's over all of them.
+    Implementations: one is known, the authors' laekov/fastmoe (`faster_gate.py`), whose choice is ours; there k is 2,
+    and a node is `FMOE_TOPO_GPUS_PER_NODE` workers. Its loss counts the experts of one worker for all experts; here it
+    is GShard's over all of them. Experts whose copy is on the node (shadowed ones) count as of the node there; here
+    none is.
     """
 
     Options = TopologyOptions

@@ -33,11 +33,15 @@ class UniPerceiverOptions(Options):
 
 
 class UniPerceiver(Router):
-    """Top-2 of softmax(W_g LayerNorm(W_a a)), with a the attributes of the token's task and modality.
+    """Top-2 of softmax(W_g LayerNorm(W_a a)), with a the attributes of the token's task and modality (section 3.2).
 
     All tokens of one task and modality go the same way, so that few experts need be in memory. As in `TaskLevel`,
-    scores that come from elsewhere are averaged over the tokens of a task and modality. Weights in training are of the
-    noisy scores, and there is no balancing loss (fundamentalvision/Uni-Perceiver, `task_moe/gate.py`).
+    scores that come from elsewhere are averaged over the tokens of a task and modality.
+
+    Implementations: one is known, the authors' fundamentalvision/Uni-Perceiver (`task_moe/gate.py`), and ours equals
+    its `top2gating` under the noise policy `vmoe`: weights in training are of the noisy scores, and its balancing loss
+    is commented out. Its other policies, Gumbel noise on the choice alone and jitter on the input, a GELU before the
+    LayerNorm and a priority by probability are left out.
     """
 
     Options = UniPerceiverOptions

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
 from moectl.routers.capacity import capacity, kept
+from moectl.routers.choice import choose
 from moectl.routers.losses import load_balancing
 from moectl.routers.protocol import Context, Options, Router, Routing, routing, top, wide
 
@@ -39,12 +40,17 @@ class XMoeOptions(Options):
 
 
 class XMoe(Router):
-    """s_e = cos(W h, e) / temperature; the expert of the largest, over softmax(s) or sigmoid(s).
+    """s_e = cos(W h, e) / temperature; the expert of the largest, over softmax(s) or sigmoid(s) (section 3, number from
+    memory).
 
-    The balancing loss is Switch's, of the softmax of cosines over the temperature that training began with (0.07 in
-    the authors' fairseq code, of the sigmoid gate), so that learning the temperature does not move it. Later
-    microsoft/torchscale rescales each e to norm 1.5 in place, which a cosine does not see, does not normalise W h, and
-    has no temperature (`normalize=False, temperature=1`, frozen); there the size is 16 for any number of experts.
+    The balancing loss is Switch's, of the softmax of cosines over the temperature that training began with, so that
+    learning the temperature does not move it.
+
+    Implementations: the authors' fairseq gate, as xy980523/MoEc_model has it (`tmoe_routing_hard_cosine`), is the
+    sigmoid one with the temperature learnt from 0.07, which stays 0.07 in the loss. Later microsoft/torchscale rescales
+    each e to norm 1.5 in place, which a cosine does not see, does not normalise W h, and has no temperature
+    (`normalize=False, temperature=1`, frozen); its size is 16 for any number of experts, its loss of the same scores,
+    and experts have a capacity, as here none has.
     """
 
     Options = XMoeOptions
@@ -98,10 +104,15 @@ class TutelCosineOptions(Options):
 
 
 class TutelCosine(Router):
-    """p = softmax(exp(min(a, log 100)) cos(W h + b, e)); the top k, over p / (sum of the k) where k > 1.
+    """p = softmax(exp(min(a, log 100)) cos(W h + b, e)); the top k, over p / (sum of the k) where k > 1 (arXiv
+    2206.03382, section 5.3, number from memory).
 
     The balancing loss is E * sum_e mean(p_e) * (share of *first* choices that are e), which the released examples weigh
     as they like.
+
+    Implementations: one is known, microsoft/Tutel (`gates/cosine_top.py`, `impls/fast_dispatch.py`), and ours equals
+    it, its rounding of room included. Its other ways with room are left out: without a factor as much as the fullest
+    expert needs, alignment to a multiple, and tokens served by falling probability.
     """
 
     Options = TutelCosineOptions
@@ -121,15 +132,11 @@ class TutelCosine(Router):
     def route(self, scores_TE: Tensor, context: Context) -> Routing:
         """The choice from logits."""
         options = self.options
-        probability_TE = wide(scores_TE).softmax(-1)
-        index_TK = top(scores_TE, options.top_k)
-        weight_TK = probability_TE.gather(1, index_TK)
-        if options.top_k > 1:
-            weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
+        index_TK, weight_TK = choose(scores_TE, options.top_k, normalize=options.top_k > 1)
         room_TK = loss = None
         if options.capacity_factor:
             room = capacity(len(scores_TE), self.num_experts, options.top_k, options.capacity_factor, "tutel")
             room_TK = kept(index_TK, self.num_experts, room)
         if context.training:
-            loss = options.aux_loss * load_balancing(probability_TE, index_TK[:, :1])
+            loss = options.aux_loss * load_balancing(wide(scores_TE).softmax(-1), index_TK[:, :1])
         return routing(index_TK, weight_TK, room_TK, loss)

@@ -25,11 +25,15 @@ class YuanOptions(Options):
 
 
 class Yuan(Router):
-    """r = softmax_rows(q k^T) v with q, k, v = W h in R^E each; p = softmax(r), and its top k.
+    """r = softmax_rows(q k^T) v with q, k, v = W h in R^E each; p = softmax(r), and its top k (section 3.1, number from
+    memory).
 
-    Attention is over the E x E products of one token's q and k, without a scale. So the vLLM port of the release has it
-    (with the softmax over the chosen r, which is the same). The Megatron class of that release is another function:
-    experts are the sequence, and heads split the *positions* of the text, so that tokens are mixed.
+    Attention is over the E x E products of one token's q and k, without a scale.
+
+    Implementations: those of the release (IEIT-Yuan/Yuan2.0-M32) disagree. Its vLLM port, and a later transformers
+    class, have it so (with the softmax over the chosen r, which is the same). Its Megatron class is another function:
+    experts are the sequence, heads split the *positions* of the text, so that tokens are mixed, and products are
+    divided by the root of a head's size; its first transformers class splits positions into heads as well.
     """
 
     Options = YuanOptions

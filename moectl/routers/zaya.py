@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from moectl.routers.bias import step_towards_mean
-from moectl.routers.protocol import NO_EXPERT, Context, Options, Router, Routing, routing, top, wide
+from moectl.routers.choice import choose
+from moectl.routers.protocol import NO_EXPERT, Context, Options, Router, Routing, routing, wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +33,13 @@ class ZayaOptions(Options):
 
 class Zaya(Router):
     """z = W_3 gelu(W_2 gelu(W_1 RMSNorm(W_0 x))) over E experts and a skip; the k best softmax(z) + b, weights the
-    plain softmax; a token that skips goes nowhere.
+    plain softmax; a token that skips goes nowhere. There is no paper of it at hand.
 
     As the first layer of the model: later ones add the W_0 x of the layer before, which a router that is asked alone
-    does not have. transformers names expert 0 with weight 0 where a token skips. Scores as wide as `num_experts` have
-    no skip.
+    does not have. Scores as wide as `num_experts` have no skip.
+
+    Implementations: one was read, transformers' class, and ours equals it; it names expert 0 with weight 0 where a
+    token skips. How the biases were trained is not public there.
     """
 
     Options = ZayaOptions
@@ -65,10 +68,7 @@ class Zaya(Router):
 
     def route(self, scores_TE: Tensor, context: Context) -> Routing:
         """The choice, from scores of the experts and the skip after them."""
-        probability_TE = wide(scores_TE).softmax(-1)
-        bias_E = self.bias[: scores_TE.shape[1]].to(probability_TE)
-        index_TK = top(probability_TE.detach() + bias_E, self.options.top_k)
-        weight_TK = probability_TE.gather(1, index_TK)
+        index_TK, weight_TK = choose(scores_TE, self.options.top_k, bias_E=self.bias[: scores_TE.shape[1]])
         return routing(torch.where(index_TK == self.num_experts, NO_EXPERT, index_TK), weight_TK)
 
     def after_step(self, load_E: Tensor) -> None:

@@ -9,8 +9,9 @@ import math
 
 import numpy as np
 import torch
+from by_hand import Chosen, Row, best, sigmoid, softmax
 from case import Case, at_most_one, one
-from cases_top_k import Chosen, Row, best, each, queued, sigmoid, softmax
+from cases_top_k import each, queued
 from scipy.optimize import minimize
 from torch import Tensor
 

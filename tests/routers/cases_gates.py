@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from by_hand import Chosen as Found
+from by_hand import best as ordered
+from by_hand import sigmoid, softmax
 from case import Case, at_most_one, one
 from torch import Tensor
 
 from moectl.routers.protocol import Context, Router
 
-Found = tuple[np.ndarray, np.ndarray]
 VOCABULARY = 512
 
 
@@ -19,22 +21,8 @@ def parameters(router: Router) -> dict[str, np.ndarray]:
     return {name: value.detach().double().numpy() for name, value in router.named_parameters()}
 
 
-def softmax(row: np.ndarray) -> np.ndarray:
-    exps = [np.exp(value) for value in row]
-    return np.array([value / sum(exps) for value in exps])
-
-
-def sigmoid(value: float) -> float:
-    return float(1 / (1 + np.exp(-value)))
-
-
 def unit(row: np.ndarray) -> np.ndarray:
     return row / np.sqrt(sum(value * value for value in row))
-
-
-def ordered(row: np.ndarray) -> list[int]:
-    """The numbers of experts, the largest score first."""
-    return sorted(range(len(row)), key=lambda e: (-row[e], e))
 
 
 def nonzero(weight_TE: list[np.ndarray]) -> Found:
@@ -87,7 +75,7 @@ def stable_moe(router: Router, hidden_TD: np.ndarray, context: Context) -> Found
         best = ordered(has["distilled_weight"] @ has["embedding"][token])[0]
         fits = taken[best] < room
         index.append([best if fits else -1])
-        weight.append([sigmoid(has["weight"][best] @ x) if fits else 0.0])
+        weight.append([sigmoid([has["weight"][best] @ x])[0] if fits else 0.0])
         taken[best] += 1
     return np.array(index), np.array(weight)
 
@@ -104,7 +92,7 @@ def x_moe(router: Router, hidden_TD: np.ndarray, _context: Context) -> Found:
         low = has["projection"] @ x
         low = unit(low) if options.normalize else low
         logits = np.array([low @ unit(e) for e in has["weight"]]) / has["temperature"]
-        gates = softmax(logits) if options.gate == "softmax" else np.array([sigmoid(z) for z in logits])
+        gates = softmax(logits) if options.gate == "softmax" else sigmoid(logits)
         best = ordered(logits)[: options.top_k]
         index.append(best)
         weight.append([gates[e] for e in best])
@@ -173,9 +161,9 @@ def dynmoe(router: Router, hidden_TD: np.ndarray, _context: Context) -> Found:
     has, E = parameters(router), router.num_experts
     index, weight = [], []
     for x in hidden_TD:
-        score = np.array([sigmoid(unit(x) @ unit(w)) for w in has["weight"]])
+        score = sigmoid([unit(x) @ unit(w) for w in has["weight"]])
         order = ordered(score)
-        passing = [e for e in order if score[e] > sigmoid(has["threshold"][e])] or order[:1]
+        passing = [e for e in order if score[e] > sigmoid(has["threshold"])[e]] or order[:1]
         index.append([e if e in passing else -1 for e in order])
         weight.append([1 / len(passing) if e in passing else 0.0 for e in order])
     assert np.shape(index) == (len(hidden_TD), E)

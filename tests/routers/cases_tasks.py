@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import torch
+from by_hand import best, sigmoid, softmax
 from case import Case, at_most_one, one
 
 from moectl.routers.protocol import Context, Router
@@ -22,16 +23,6 @@ def labels(tokens: int) -> Context:
         modality_T=order_T // 3 % MODALITIES,
         sequence_T=order_T // 5,
     )
-
-
-def softmax(row: np.ndarray) -> list[float]:
-    powers = [math.exp(value - max(row)) for value in row]
-    return [power / sum(powers) for power in powers]
-
-
-def best(row: np.ndarray, top_k: int) -> list[int]:
-    """The largest first, the lower number first among equals."""
-    return sorted(range(len(row)), key=lambda e: (-row[e], e))[:top_k]
 
 
 def by_group(scores_TE: np.ndarray, group: list[int], top_k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -111,10 +102,10 @@ def switchhead(router: Router, hidden_TD: np.ndarray, _context: Context) -> tupl
     for hidden in hidden_TD:
         chosen, value = [], []
         for head in range(router.options.heads):
-            sigmoid = np.array([1 / (1 + math.exp(-np.dot(weight_SD[head * E + e], hidden))) for e in range(E)])
-            for e in best(sigmoid, router.options.top_k):
+            gates = sigmoid([np.dot(weight_SD[head * E + e], hidden) for e in range(E)])
+            for e in best(gates, router.options.top_k):
                 chosen.append(head * E + e)
-                value.append(sigmoid[e])
+                value.append(gates[e])
         index.append(chosen)
         weight.append(value)
     return np.array(index), np.array(weight)

@@ -6,28 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from by_hand import Chosen, Row, best, sigmoid, softmax
 from case import Case, at_most_one, one
 from torch import Tensor
 
 from moectl.routers.capacity import capacity
 from moectl.routers.protocol import Context, Router
-
-Chosen = tuple[np.ndarray, np.ndarray]
-Row = Sequence[float]
-
-
-def best(row: Row, k: int) -> list[int]:
-    """The numbers of the k largest, the lower number first among equals."""
-    return sorted(range(len(row)), key=lambda e: (-row[e], e))[:k]
-
-
-def softmax(row: Row) -> list[float]:
-    total = math.fsum(math.exp(value) for value in row)
-    return [math.exp(value) / total for value in row]
-
-
-def sigmoid(row: Row) -> list[float]:
-    return [1 / (1 + math.exp(-value)) for value in row]
 
 
 def queued(
@@ -81,7 +65,10 @@ def gshard(factor: float) -> Callable[..., Chosen]:
     def reference(router: Router, scores_TE: np.ndarray, _context: Context) -> Chosen:
         pairs = [over_their_sum(router, row) for row in scores_TE]
         room = math.ceil(factor * len(scores_TE) / scores_TE.shape[1])
-        return queued([pair[0] for pair in pairs], [pair[1] for pair in pairs], room)
+        index_TK, weight_TK = queued([pair[0] for pair in pairs], [pair[1] for pair in pairs], room)
+        if getattr(router.options, "shared", False):
+            weight_TK = np.array([[value / (sum(row) or 1) for value in row] for row in weight_TK])
+        return index_TK, weight_TK
 
     return reference
 
@@ -118,9 +105,10 @@ def in_groups(row: Row, groups: int, top_groups: int, score: Callable[[list[floa
     return [g * size + i for g in best(worth, top_groups) for i in range(size)]
 
 
-def deepseek_v2(_router: Router, row: Row) -> tuple[list[int], list[float]]:
+def deepseek_v2(router: Router, row: Row) -> tuple[list[int], list[float]]:
     p = softmax(row)
-    allowed = in_groups(p, 4, 2, lambda group: group[-1])
+    counted = {"max": 1, "top2": 2}[router.options.group_score]
+    allowed = in_groups(p, 4, 2, lambda group: sum(group[-counted:]))
     chosen = best([p[e] if e in allowed else -1 for e in range(len(p))], 3)
     return chosen, [16 * p[e] for e in chosen]
 
@@ -211,6 +199,13 @@ CASES = [
     Case("switch", switch, at_most_one, room=lambda tokens: capacity(tokens, 8, 1, 1.25)),
     Case("noisy-top-k", noisy_top_k, one, {"init": 0.25}),
     Case("gshard", gshard(2.0), one, room=lambda tokens: math.ceil(tokens / 4)),
+    Case(
+        "gshard",
+        gshard(1.0),
+        lambda sum_T: one(sum_T) | (sum_T == 0),
+        {"shared": True, "eval_capacity_factor": 1.0, "capacity_factor": 1.0},
+        room=lambda tokens: math.ceil(tokens / 8),
+    ),
     Case("st-moe", gshard(2.0), one, room=lambda tokens: math.ceil(tokens / 4)),
     Case("v-moe", v_moe, at_most_one, room=lambda tokens: math.ceil(1.05 * tokens / 4)),
     Case("mixtral", normalised, one),
@@ -223,6 +218,12 @@ CASES = [
     Case("inkling", each(inkling), adds_to(8), {"top_k": 2}, width=10, balance=None, why="shared experts take all"),
     Case("deepseek-moe", each(plain), at_most_one, {"top_k": 3, "groups": 4, "device_loss": 0.05}),
     Case("deepseek-v2", each(deepseek_v2), up_to(16), {"top_k": 3, "groups": 4, "top_groups": 2}),
+    Case(
+        "deepseek-v2",
+        each(deepseek_v2),
+        up_to(16),
+        {"top_k": 3, "groups": 4, "top_groups": 2, "group_score": "top2"},
+    ),
     Case("deepseek-v3", each(deepseek_v3), adds_to(2.5), {"top_k": 3, "groups": 2, "top_groups": 1, "aux_loss": 0.1}),
     Case("loss-free", each(loss_free), up_to(6)),
     Case("quantile", normalised, one),

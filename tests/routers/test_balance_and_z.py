@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from by_hand import softmax
 
 from moectl.routers.bias import step_towards_mean
 from moectl.routers.losses import balance, z_loss
@@ -23,11 +24,6 @@ def routed(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 def balance_of(logits: torch.Tensor, load: torch.Tensor) -> torch.Tensor:
     return balance(wide(logits).softmax(-1), load)
-
-
-def softmax(row: list[float]) -> list[float]:
-    total = math.fsum(math.exp(value) for value in row)
-    return [math.exp(value) / total for value in row]
 
 
 def test_balancing_is_the_sum_in_the_paper_and_its_gradient() -> None:

@@ -93,6 +93,20 @@ def test_a_device_drops_its_least_likely_assignments() -> None:
     assert routing.dropped_TK.any() and not free.dropped_TK.any()
 
 
+@pytest.mark.parametrize("spared", [0.0, 0.4, 1.0])
+def test_nothing_is_dropped_of_spared_sequences_and_others_make_room(spared: float) -> None:
+    """All tokens want the same device, which takes half of them; 400 sequences of two."""
+    scores_TE = torch.randn(800, 4, generator=torch.Generator().manual_seed(0)) + torch.tensor([9.0, 9.0, 0.0, 0.0])
+    options = DeepSeekV2Options(top_k=1, groups=2, top_groups=2, spared=spared)
+    context = Context(
+        True, sequence_T=torch.arange(400).repeat_interleave(2), generator=torch.Generator().manual_seed(1)
+    )
+    dropped_N = DeepSeekV2(None, 4, options).route(scores_TE, context).dropped_TK.view(400, 2).sum(1)
+    drawn_N = torch.rand(400, generator=torch.Generator().manual_seed(1)) < spared
+    assert not dropped_N[drawn_N].any() and dropped_N.sum() == min(400, 800 - 2 * int(drawn_N.sum()))
+    assert bool((dropped_N == 1).any()) == (spared < 1)  # others are dropped token by token
+
+
 def test_experts_that_compute_nothing_have_more_room() -> None:
     """MoE++ in training, where all tokens want the same two: 1.1 * 24 / (0.75 * 4 + 4) is 3.77."""
     router = MoePlusPlus(None, 4, MoePlusPlusOptions())

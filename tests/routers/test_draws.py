@@ -60,6 +60,22 @@ def test_gshard_takes_a_second_expert_by_its_weight(weight: float, threshold: fl
     torch.testing.assert_close(routing.weight_TK[:, 0], torch.full((4000,), 1 - weight))
 
 
+def test_gshard_draws_a_second_expert_from_what_is_left() -> None:
+    """As DeepSpeed and fairseq do; weights are those of the two, whichever is drawn."""
+    share_E = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
+    router = GShard(None, 4, GShardOptions(capacity_factor=0.0, sampled=True))
+    routing = router.route(share_E.log().expand(20_000, 4), training())
+    assert (routing.index_TK[:, 0] == 0).all() and not routing.dropped_TK.any()
+    second_T = routing.index_TK[:, 1]
+    torch.testing.assert_close(second_T.bincount() / 20_000, (2 * share_E).float() * (share_E < 0.5), atol=0.01, rtol=0)
+    torch.testing.assert_close(routing.weight_TK[:, 1], share_E[second_T] / (0.5 + share_E[second_T]))
+    in_use = router.route(share_E.log()[None], Context())
+    assert in_use.index_TK.tolist() == [[0, 1]]
+    three = GShard(None, 4, GShardOptions(top_k=3, capacity_factor=0.0, sampled=True))
+    drawn_TK = three.route(share_E.log().expand(50, 4), training()).index_TK
+    assert all(len(set(row)) == 3 for row in drawn_TK.tolist())
+
+
 def masked_softmax(scores_TE: Tensor, taken_T1: Tensor, threshold: float) -> Tensor:
     """As section 3 has it: of what is neither taken nor far below the best that is left."""
     left_TE = scores_TE.scatter(1, taken_T1, -torch.inf)

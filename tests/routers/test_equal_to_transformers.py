@@ -175,7 +175,8 @@ def test_a_bias_that_is_forgotten_is_seen() -> None:
     assert not torch.equal(ours(hidden_TD).index_TK.sort(1).values, index_TK.sort(1).values)
 
 
-def test_gshard_is_the_router_of_nllb() -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_gshard_is_the_router_of_nllb(shared: bool) -> None:
     """Whose layer goes wrong in transformers 5.23, and whose router does not; 40 tokens, room for 2 * 40 / 8 each."""
     from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeTop2Router
 
@@ -183,11 +184,12 @@ def test_gshard_is_the_router_of_nllb() -> None:
         num_experts=8, expert_capacity=10, hidden_size=D, router_bias=False, router_dtype="float32"
     )
     config.router_ignore_padding_tokens, config.second_expert_policy = False, "all"
-    config.normalize_router_prob_before_dropping, config.batch_prioritized_routing = True, False
+    config.normalize_router_prob_before_dropping, config.batch_prioritized_routing = not shared, False
     config.moe_eval_capacity_token_fraction = -1.0
     torch.manual_seed(1)
     theirs = NllbMoeTop2Router(config).eval()
-    ours = find("gshard").load()(D, 8)
+    kind = find("gshard").load()
+    ours = kind(D, 8, kind.Options(shared=shared))
     ours.load_state_dict({"weight": theirs.classifier.weight})
     hidden_TD = torch.randn(T, D)
     _first, weight_TE, _logits = theirs(hidden_TD)

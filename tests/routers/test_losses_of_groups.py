@@ -7,7 +7,7 @@ from statistics import NormalDist, fmean, pvariance, variance
 
 import pytest
 import torch
-from cases_top_k import best, softmax
+from by_hand import best, softmax
 
 from moectl.routers.e3 import E3, E3Options
 from moectl.routers.moec import Moec, MoecOptions, variance_within

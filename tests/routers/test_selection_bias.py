@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed
 
 from moectl.routers.deepseek_v3 import DeepSeekV3, DeepSeekV3Options
+from moectl.routers.inkling import Inkling, InklingOptions
 from moectl.routers.longcat import LongCat, LongCatOptions
 from moectl.routers.protocol import Context, Router, counts
 from moectl.routers.quantile import Quantile, QuantileOptions
@@ -33,6 +34,14 @@ def worst(router: Router) -> float:
     """Largest over mean load, on scores that it did not see before."""
     load_E = counts(router.route(skewed(999, 16 * T), Context()).index_TK, E).double()
     return float(load_E.max() / load_E.mean())
+
+
+def test_sigmoids_that_are_all_nothing_are_shared_out_by_their_logarithms() -> None:
+    """Inkling's, in float32: sigmoid(z) is exp(z) there, and both sums are 0."""
+    scores_TE = skewed(0, 20) - 200
+    found = Inkling(None, 6, InklingOptions(top_k=3, scale=1.0)).route(scores_TE, Context())
+    assert not scores_TE.sigmoid().any()
+    torch.testing.assert_close(found.weight_TK, scores_TE.gather(1, found.index_TK).softmax(1))
 
 
 @pytest.mark.parametrize(

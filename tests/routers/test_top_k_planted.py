@@ -11,22 +11,33 @@ import torch
 from cases_top_k import CASES
 from test_every_router import test_a_float64_reference_chooses_the_same as compare
 
-from moectl.routers import capacity, choice, expert_groups, grin, protocol, switch, topology, v_moe, zaya
+from moectl.routers import (
+    capacity,
+    choice,
+    deepseek_v2,
+    deepseek_v3,
+    grin,
+    softmax_top_k,
+    switch,
+    topology,
+    v_moe,
+    zaya,
+)
 
 PLANTED: dict[str, tuple[str, Any, str, Callable[..., Any]]] = {
     "a place more": ("switch", switch, "capacity", lambda *given: capacity.capacity(*given) + 1),
     "no priority": ("v-moe", v_moe, "kept", lambda *given: capacity.kept(*given[:3])),
     "groups by their best": (
-        *("deepseek-v3", choice, "limited"),
-        lambda scores_TE, groups, open_groups, _best: expert_groups.limited(scores_TE, groups, open_groups, 1),
+        *("deepseek-v3", deepseek_v3, "choose"),
+        lambda scores_TE, k, **options: choice.choose(scores_TE, k, **options | {"group_score": "max"}),
     ),
     "groups by their two best": (
-        *("deepseek-v2", choice, "limited"),
-        lambda scores_TE, groups, open_groups, _best: expert_groups.limited(scores_TE, groups, open_groups, 2),
+        *("deepseek-v2", deepseek_v2, "choose"),
+        lambda scores_TE, k, **options: choice.choose(scores_TE, k, **options | {"group_score": "top2"}),
     ),
-    "the upper number first": (
-        *("mixtral", choice, "top"),
-        lambda scores_TE, k: protocol.top(scores_TE, k).flip(1),
+    "the worst first": (
+        *("mixtral", softmax_top_k, "choose"),
+        lambda scores_TE, k, **options: tuple(each.flip(1) for each in choice.choose(scores_TE, k, **options)),
     ),
     "one more may leave": ("topology", topology, "int", lambda value: int(value) + 1),
     "the approximate gelu": (

@@ -16,7 +16,10 @@ from moectl.routers.switchhead import SwitchHead, SwitchHeadOptions
 class MoaAttention(nn.Module):
     """y_t = sum_k w_tk O_e attention(Q_e x_t, keys, values), with e the expert of choice k: heads are what is chosen.
 
-    Keys and values are one head, projected once for all experts (yikangshen/MoA, `moa_attention.py`).
+    Implementations: the authors' yikangshen/MoA (`moa_attention.py`) is followed: keys and values are one head,
+    projected once (the paper's section 3, number from memory). JetMoe in transformers has several heads in an expert,
+    keys and values as many, rotary positions, and a bias after the mixture; with one head and no positions or bias ours
+    equals it.
 
     Args:
         hidden_size: D.
@@ -54,8 +57,11 @@ class MoaAttention(nn.Module):
 class SwitchHeadAttention(nn.Module):
     """y_t = sum_h sum_e w_the O_he attention_h(Q_h x, K_h x, sum_e v_the V_he x): experts in values and outputs alone.
 
-    Queries and keys are ordinary. Values are routed by the token they are of, outputs by the token that asks; positions
-    (rotary, or as in Transformer-XL) are left out (RobertCsordas/switchhead, `SwitchHeadCore`).
+    Queries and keys are ordinary. Values are routed by the token they are of, outputs by the token that asks.
+
+    Implementations: one is known, the authors' RobertCsordas/switchhead (`SwitchHeadCore`; the paper's section 2,
+    number from memory), and this is its core: values routed by keys' tokens, outputs by queries'. It has positions,
+    rotary or as in Transformer-XL, and dropout of queries, which are left out.
 
     Args:
         hidden_size: D.

@@ -25,6 +25,8 @@ class CrossToken(nn.Module):
 
     Unverified: what the abstract of the paper says was read, and its gate, losses and sizes in a public review.
 
+    Implementations: none is public, as far as we could find (the paper's section 3, number from memory).
+
     Args:
         hidden_size: D, even.
         length: L, of every image.

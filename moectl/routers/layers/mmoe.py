@@ -17,6 +17,9 @@ from moectl.routers.protocol import Context
 class Mmoe(nn.Module):
     """y_z = sum_e softmax(G_z x)_e relu(W_e x + b_e): all experts for all tasks, a gate for each.
 
+    Implementations: facebookresearch/AdaTT (`MLMMoE` of one level) is followed, but for its gates' biases and hidden
+    layers (the paper's section 4.2, number from memory).
+
     Args:
         hidden_size: D.
         output_size: O.
@@ -51,6 +54,10 @@ class Ple(nn.Module):
 
     At each level but the last there is also a shared stream, whose gate sees all experts and which feeds the shared
     experts of the next level. With one level it is CGC.
+
+    Implementations: facebookresearch/AdaTT (`PLE`) is followed, but for its gates' biases (the paper's section 4.2,
+    number from memory). LibMTL's, of ResNet stages, has no shared stream: shared experts are run on each task's own
+    representation, once for each task, and a task's gate sees the same experts as here.
 
     Args:
         hidden_size: D.

@@ -17,9 +17,12 @@ class MixtureOfTransformers(nn.Module):
     """A transformer block: h = x + norm_m(O_m attention(Q_m x, K_m x, V_m x)), y = h + norm_m(ffn_m(h)).
 
     Attention is over all tokens of a sequence, of whatever modality; the modality m of a token picks its projections,
-    its SwiGLU and its RMSNorms. The norms stand after what they normalise, and the residuals outside of them, as in
-    facebookresearch/Mixture-of-Transformers (README, `simple_ModalityUntiedAttention.py` and the same of FeedForward);
-    its optional norms of queries and keys are left out.
+    its SwiGLU and its RMSNorms. The norms stand after what they normalise, and the residuals outside of them.
+
+    Implementations: one is known, the authors' facebookresearch/Mixture-of-Transformers
+    (`simple_ModalityUntiedAttention.py` and the same of FeedForward, README), which is followed, as algorithm 1 of the
+    paper has it (number from memory). They are sketches: torch's own modules are given arguments that they do not take.
+    Optional norms of queries and keys, shared by a head's width, are left out.
 
     Args:
         hidden_size: D.

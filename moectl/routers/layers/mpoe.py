@@ -71,9 +71,13 @@ class MpoExperts(nn.Module):
     """A MoE layer: y = sum_k weight_k * W2_e gelu(W1_e x), with W1 and W2 of all experts as `MpoLinear`.
 
     The central tensors learn from every expert, the auxiliary ones from their own tokens alone. Against that imbalance
-    training keeps the gradient from the central tensors in a share of the steps, `mask`; the release
-    (lpyhdzx/MPOE, `mixture_of_experts.py`) chooses which tensors learn, by number. The mask and its default, with which
-    central and auxiliary tensors are moved about equally often, are from memory.
+    training keeps the gradient from the central tensors in a share of the steps, `mask`.
+
+    Implementations: one is known, the authors' lpyhdzx/MPOE (`mixture_of_experts.py`; the paper's section 3, number
+    from memory). It has five tensors in shapes for hidden sizes of 768 and 1024, biases that experts share, and the
+    gate of Tensor2Tensor (as `StMoe`); experts begin with the auxiliary tensors of a trained layer. Which tensors learn
+    is a list of numbers there, fixed for a run; the mask, and its default, with which central and auxiliary tensors are
+    moved about equally often, are from memory.
 
     Args:
         up_FD: the matrix W1 all experts begin with.

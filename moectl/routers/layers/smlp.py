@@ -71,7 +71,10 @@ class SparseMlp(nn.Module):
     The first half (sMoE) stands where a transformer has attention, the second (tMoE) routes tokens with any router; the
     paper takes that of BASE layers, and found deterministic routing of chunks best.
 
-    Unverified: written from memory, but for the two ways of routing, which are as a public review of the paper says.
+    Unverified: written from memory, but for the two ways of routing and what stands where in a block, which are as a
+    public review of the paper says.
+
+    Implementations: none is public, as far as we could find (the paper's section 3, number from memory).
 
     Args:
         hidden_size: D.

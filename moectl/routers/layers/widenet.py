@@ -15,9 +15,11 @@ class WideNet(nn.Module):
     """`depth` times x = x + attention(norm_i x), x = x + experts(norm'_i x), with one attention, one router, one set of
     experts for all; each time has LayerNorms of its own, so that the router sees each depth differently.
 
-    Checked against XueFuzhao/WideNet_Code, `modeling.py` and `model_configs.py`. Its router is V-MoE's (noise of
-    N(0, 1/E) in training, a capacity) with the balancing loss of Switch, added up over the depth; its experts have a
-    second GELU, after their second matrix.
+    Implementations: one is known, the authors' XueFuzhao/WideNet_Code (`modeling.py`, `model_configs.py`; the paper's
+    section 3, number from memory). Its router is V-MoE's (noise of N(0, 1/E) in training, a capacity) with the
+    balancing loss of Switch, added up over the depth. Places count from 1 there, and the last is never given, so that
+    an expert takes one token fewer than its room; all choices of a token queue together, not rank by rank. Its experts
+    have a second GELU, after their second matrix, and biases.
 
     Args:
         hidden_size: D.
