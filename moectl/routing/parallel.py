@@ -5,26 +5,21 @@ With expert parallelism inside the model nothing changes here: choices are read 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 import torch
 from torch import distributed
 
+from moectl.launched import local_rank, rank_and_size
 from moectl.routing.recorder import merged
 from moectl.traces.store import Recording
-
-
-def rank_and_size() -> tuple[int, int]:
-    """Which process of how many this is; (0, 1) without torchrun."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def own_device(device: torch.device) -> torch.device:
     """The device of this process: each has a GPU of its own."""
     if device.type != "cuda" or rank_and_size()[1] == 1:
         return device
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", local_rank())
 
 
 def gathered(recordings: Mapping[str, Recording]) -> dict[str, Recording]:

@@ -14,6 +14,7 @@ from moectl.checkpoint.source import Checkpoint
 from moectl.data.documents import Split, read_documents
 from moectl.errors import InputError, UsageError
 from moectl.integrations.implementation import set_experts
+from moectl.launched import rank_and_size
 from moectl.layerwise.model import LayerwiseModel
 from moectl.layerwise.quiet import quiet
 from moectl.layerwise.skeleton import read_config
@@ -23,7 +24,7 @@ from moectl.routing import passes
 from moectl.routing.batches import Texts, batches, read_texts
 from moectl.routing.capture import Capture
 from moectl.routing.check import Checked, check, complete
-from moectl.routing.parallel import gathered, own_device, rank_and_size
+from moectl.routing.parallel import gathered, own_device
 from moectl.routing.recorder import Recorder, sampled_documents
 from moectl.routing.tap import Tap
 from moectl.text import escape

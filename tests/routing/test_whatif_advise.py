@@ -71,7 +71,7 @@ def test_uneven_loads_are_repacked_and_even_ones_left() -> None:
     assert before > after + 0.3
     text = next(step.text for step in uneven.steps if step.topic == "placement")
     assert f"{before:.2f}" in text and f"{after:.2f}" in text
-    columns, mean = uneven.findings["placement"].columns, uneven.findings["placement"].rows[-1]
+    columns, mean = uneven.findings["placement"].columns, uneven.findings["placement"].rows[LAYERS]
     assert mean[columns.index("contiguous")] == before
     assert mean[columns.index(uneven.chosen["placement"])] == after
 
@@ -113,8 +113,34 @@ def test_traffic_by_hand() -> None:
     found = advise(traced, Machine(2, 80, 50), Model(1, 1, 512))
     assert found.chosen["tokens_per_s_and_gpu"] == pytest.approx(50e9 / (LAYERS * 2 * 512 * 2))
     nodes = advise(traced, Machine(4, 80, 50, nodes=2), Model(1, 1, 512))
-    assert nodes.chosen["tokens_per_s_and_gpu"] == pytest.approx(50e9 / (LAYERS * 2 * 512 * 2))
+    busiest = nodes.chosen["imbalance"]["after"]
+    assert 1 <= busiest < 2
+    assert nodes.chosen["tokens_per_s_and_gpu"] == pytest.approx(50e9 / (LAYERS * 2 * 512 * 2) / busiest)
     assert "nodes" in next(step.text for step in nodes.steps if step.topic == "traffic")
+
+
+def test_more_gpus_than_experts_are_filled_with_copies_and_counted() -> None:
+    """Eight even experts on 64 GPUs leave 56 idle, which chance does not excuse."""
+    index = np.argsort(np.random.default_rng(0).random((LAYERS, 2000, 8)), axis=2)[..., :2]
+    found = advise(trace(index, 8, lengths=[100] * 20), Machine(64, 80, 50, nodes=8), Model(1, 1, 64))
+    assert (found.chosen["placement"], found.chosen["replicas"]) == ("replicated", 56)
+    assert found.chosen["imbalance"]["before"] > 8 and found.chosen["imbalance"]["after"] < 1.3
+    assert "56 replicas" in found.summary
+    assert found.chosen["balanced"] and "balance" not in topics(found)
+
+
+def test_a_collapsed_router_is_told_first_and_no_capacity_is_advised() -> None:
+    """Of 16 experts two have all, which is eight times an even share."""
+    found = advise(trace([np.tile([3, 7], (640, 1))] * LAYERS, EXPERTS, lengths=[80] * 8), Machine(4, 80, 50))
+    assert topics(found)[0] == "balance" and not found.chosen["balanced"]
+    assert "as if 2 of 16 experts" in found.steps[0].text and "14 of them get nothing" in found.steps[0].text
+    assert found.chosen["capacity_factor"] == pytest.approx(7.93, abs=0.02)
+    assert "capacity factor" not in found.summary
+    assert "would have to be 7.9" in next(step.text for step in found.steps if step.topic == "capacity")
+
+
+def test_few_tokens_for_many_gpus_leave_the_modelled_times_out() -> None:
+    assert "parallelism" not in topics(advise(random_trace(0, [20], 64, 2), Machine(32, 80, 50), Model(1, 1, 64)))
 
 
 def again(command: str, traced: RoutingTrace) -> Finding:
@@ -154,7 +180,7 @@ def test_steps_are_complete() -> None:
 def test_any_trace(found: RoutingTrace, gpus: int, experts_gb: float | None) -> None:
     got = advise(found, Machine(gpus, 80, 50), Model(experts_gb, 1, 64))
     assert got.summary.endswith(".")
-    assert topics(got)[0] == "memory"
+    assert topics(got)[0] in ("memory", "balance")
 
 
 def test_what_is_refused() -> None:

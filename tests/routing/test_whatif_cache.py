@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from small_traces import random_trace, trace, traces
 from moectl.errors import InputError, UsageError
 from moectl.routing.whatif.cache import STATIC, Options, run
 from moectl.routing.whatif.eviction import BELADY, INFINITY, LFU, LRU, PROTECTED, Requests, hits
-from moectl.routing.whatif.hit_rates import chance, drawn_like, found, requested
+from moectl.routing.whatif.hit_rates import chance, drawn_like, found, requested, static_chance
 from moectl.traces.trace import DECODE, Point, Routed, RoutingTrace
 
 POLICIES = (LRU, LFU, PROTECTED, INFINITY, BELADY)
@@ -153,10 +153,26 @@ def test_random_routing_finds_what_was_published_here(
         for policy in (LRU, LFU, PROTECTED, INFINITY):
             assert rates[policy][size] == pytest.approx(size / experts, abs=0.004)
         assert rates[LRU][size] == pytest.approx(golden, abs=0.008)
-        assert chance(like, LRU, np.ones(1), **BOTH, seed=0)[size] == size / experts
+        assert chance(like, LRU, np.ones(1), **BOTH, seed=0)[size] == pytest.approx(size / experts, abs=1e-4)
     for size, golden in belady.items():
         assert rates[BELADY][size] == pytest.approx(golden, abs=0.008)
         assert chance(like, BELADY, np.ones(1), **BOTH, seed=0)[size] == pytest.approx(rates[BELADY][size], abs=0.004)
+
+
+@pytest.mark.parametrize(("experts", "top_k", "lengths"), [(3, 1, [4, 0]), (4, 2, [3]), (3, 2, [1, 3]), (2, 2, [2])])
+@pytest.mark.parametrize("policy", [LRU, LFU, INFINITY])
+def test_random_routing_while_a_cache_fills_is_the_mean_over_all_routings(
+    policy: str, experts: int, top_k: int, lengths: list[int]
+) -> None:
+    tokens, total, number = sum(lengths), np.zeros(experts + 1), 0
+    for chosen in product(combinations(range(experts), top_k), repeat=tokens):
+        drawn = trace(np.array([chosen]), experts, lengths=lengths)
+        total += found(drawn, policy, one=False, empty=True).sum((0, 1)) / (tokens * top_k)
+        number += 1
+    got = chance(drawn, policy, np.ones(1), one=False, empty=True, seed=0)
+    assert got[top_k:] == pytest.approx((total / number)[top_k:])
+    one_run = chance(drawn, policy, np.ones(1), one=False, empty=False, seed=0)
+    assert (one_run >= got - 1e-12).all() and static_chance(drawn, np.ones(1))[top_k] == top_k / experts
 
 
 @given(traces(), st.booleans(), st.sampled_from(["layer", "global"]))
@@ -167,13 +183,15 @@ def test_a_finding_adds_up(traced: RoutingTrace, fresh: bool, scope: str) -> Non
     asked = sum(len({int(e) for e in row if e >= 0}) for routed in traced.layers for row in routed.index_TK)
     assert finding.detail["requests_per_token"] == pytest.approx(asked / len(traced))
     for row in finding.rows:
-        policy, size, held, rate, null, beyond, missed, bytes_, speed = row
+        policy, size, held, rate, null, beyond, missed, bytes_, speed, needed = row
         assert held == pytest.approx(len(traced.layers) * size / 100)
         assert 0 <= rate <= finding.detail["hit_rate"][policy][experts] + 1e-12
         assert beyond == pytest.approx(rate - null)
         assert missed == pytest.approx(asked / len(traced) * (1 - rate))
         assert bytes_ == pytest.approx(10 * missed)
         assert speed == pytest.approx(1000 / (2 + 2 * missed))
+        reached = [at for at, each in enumerate(finding.detail["hit_rate"][policy]) if each >= 0.9]
+        assert needed == (reached[0] if reached else None)
         if policy not in (BELADY, STATIC):
             assert rate <= finding.detail["hit_rate"][BELADY][size] + 1e-12
     assert json.loads(json.dumps([finding.rows, finding.detail]))
@@ -247,7 +265,7 @@ def test_layers_of_other_sizes_share_a_finding(scope: str) -> None:
     for policy in (LRU, LFU, INFINITY, BELADY):
         assert detail["hit_rate"][policy][8] == pytest.approx(1 - (8 + 5) / (200 * (3 + 2)))
     if scope == "layer":
-        assert detail["random"][LRU][4] == pytest.approx((3 * 4 / 8 + 2 * 4 / 5) / 5)
+        assert detail["random"][LRU][4] == pytest.approx((3 * 4 / 8 + 2 * 4 / 5) / 5, abs=0.01)
 
 
 def test_experts_that_compute_nothing_are_not_fetched() -> None:

@@ -16,6 +16,8 @@ from transformers import SwitchTransformersConfig, SwitchTransformersForConditio
 
 from moectl.errors import InputError, UsageError
 from moectl.routers import capacity as rooms
+from moectl.routers.deepseek_v2 import DeepSeekV2, DeepSeekV2Options
+from moectl.routers.protocol import Context
 from moectl.routing.capture import Capture
 from moectl.routing.whatif.capacity import FEW, Options, run
 from moectl.routing.whatif.chance import choices, groups_met, overflow
@@ -180,6 +182,19 @@ def test_gshard_sends_a_second_choice_with_twice_its_share() -> None:
     assert (queued(even.layers[0], groups(even.tokens, 4096), options).bucket_TK[:, 1] == 1).all()
     with pytest.raises(InputError, match="3 experts"):
         run(random_trace(0, [9], 3, 3), options)
+
+
+def test_deepseek_v2_drops_what_its_router_does_in_training() -> None:
+    """50 sequences of two tokens, on 4 devices."""
+    router = DeepSeekV2(None, 16, DeepSeekV2Options(top_k=3, groups=4, top_groups=2, scale=1.0))
+    scores_TE = torch.randn(100, 16, generator=torch.Generator().manual_seed(0)) + torch.linspace(1, 0, 16)
+    routed = router.route(scores_TE, Context())
+    sequence_T = torch.arange(50).repeat_interleave(2)
+    dropped_TK = router.route(scores_TE, Context(training=True, sequence_T=sequence_T)).dropped_TK.numpy()
+    traced = trace(routed.index_TK[None].numpy(), 16, weight_LTK=routed.weight_TK[None].numpy())
+    options = Options(convention="deepseek-v2", factor=1.0, gpus=4)
+    of = groups(traced.tokens, options.group_tokens)
+    assert (kept(queued(traced.layers[0], of, options), of, options) == ~dropped_TK).all() and dropped_TK.sum() > 20
 
 
 @pytest.mark.parametrize(("size", "share_J"), [(1, (0, 0, 1)), (2, (0, 0, 1)), (1, (0.25, 0.25, 0.5))])

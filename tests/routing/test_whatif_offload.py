@@ -96,11 +96,12 @@ def test_the_example_of_the_paper() -> None:
 def test_a_finding_adds_up(traced: RoutingTrace, batch: int, resident: float) -> None:
     finding = run(traced, Options(batch=batch, resident=resident))
     assert [row[0] for row in finding.rows] == sorted({*BATCHES, batch})
-    for _, taken, _, fetched, cpu, split, longer, on_cpu in finding.rows:
+    for size, taken, _, fetched, cpu, split, longer, on_cpu, *found in finding.rows:
         assert 0 <= taken <= traced.layers[0].point.num_experts
         assert max(split / 2, 0) <= longer + 1e-9
         assert longer <= split + 1e-9 <= min(fetched, cpu) + 2e-9
         assert 0 <= on_cpu <= 1
+        assert all(rate is None if size != batch else 0 <= rate <= 1 for rate in found)
     assert json.loads(json.dumps([finding.rows, finding.detail]))
     buffer = finding.detail["buffer"]
     for at in range(len(buffer["held"])):

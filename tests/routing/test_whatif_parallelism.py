@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +14,14 @@ from hypothesis import strategies as st
 from small_traces import random_trace, rows, trace, traces
 
 from moectl.errors import InputError, UsageError
+from moectl.routing.placement.hardware import Hardware
 from moectl.routing.placement.loads import batch_loads
-from moectl.routing.placement.mixes import Machine, Mix, busiest, expert_bytes, held_bytes, mixes, seconds
+from moectl.routing.placement.mixes import Mix, busiest, expert_bytes, held_bytes, mixes, seconds
 from moectl.routing.whatif.parallelism import Options, run
 from moectl.traces.trace import RoutingTrace
 
-USE = Machine(10, 20, 2, 1e6, 1e3, 1e9, training=False, sharded=True)
+USE = Hardware(8, 10, 20, 2, 1e-6, 1e-6, training=False)
+TRAIN = replace(USE, training=True)
 """An expert is 600 weights, 1,200 bytes, 1,200 operations a token; a feature vector is 20 bytes."""
 
 
@@ -46,33 +50,32 @@ def test_the_busiest_rank_token_by_token(found: RoutingTrace, mix: Mix) -> None:
     assert got.tolist() == [load.max()]
 
 
+def timed(mix: Mix, largest: float = 30, hardware: Hardware = USE, gb_per_s: float = 1, *, sharded: bool = True) -> Any:
+    """For 40 tokens and 4 experts."""
+    return seconds(mix, np.array([largest]), 40, 4, hardware, gb_per_s, sharded=sharded)[:, 0]
+
+
 def test_times_by_hand() -> None:
-    largest = np.array([30.0])
     # Experts over 4 GPUs: 30 assignments of 1.2 ms; three quarters of 30 x 20 bytes, there and back.
-    assert seconds(Mix(4, 1, 1), largest, 40, 4, USE)[:, 0] == pytest.approx([0.036, 2 * 22.5 * 0.02, 0])
+    assert timed(Mix(4, 1, 1)) == pytest.approx([0.036, 2 * 22.5 * 0.02, 0])
     # Over 2, each cut in 2: half the work for each, and every slice gets all.
-    assert seconds(Mix(2, 2, 1), largest, 40, 4, USE)[:, 0] == pytest.approx([0.018, 2 * 15 * 0.02, 0])
+    assert timed(Mix(2, 2, 1)) == pytest.approx([0.018, 2 * 15 * 0.02, 0])
     # All experts cut in 4: the 40 tokens are gathered, three quarters from elsewhere.
-    assert seconds(Mix(1, 4, 1), largest, 40, 4, USE)[:, 0] == pytest.approx([0.009, 2 * 30 * 0.02, 0])
+    assert timed(Mix(1, 4, 1)) == pytest.approx([0.009, 2 * 30 * 0.02, 0])
     # Tutel's r = 0: no token is sent, three quarters of 4 experts are.
-    assert seconds(Mix(1, 1, 4), largest, 40, 4, USE)[:, 0] == pytest.approx([0.036, 0, 3.6])
-    assert (expert_bytes(Mix(1, 1, 4), 4, USE), held_bytes(Mix(1, 1, 4), 4, USE)) == (4800, 1200)
+    assert timed(Mix(1, 1, 4)) == pytest.approx([0.036, 0, 3.6])
+    assert (expert_bytes(Mix(1, 1, 4), 4, USE), held_bytes(Mix(1, 1, 4), 4, USE, sharded=True)) == (4800, 1200)
 
 
 def test_training_takes_three_passes_four_exchanges_and_gradients() -> None:
-    largest, mix = np.array([30.0]), Mix(2, 1, 2)
-    use = seconds(mix, largest, 40, 4, USE)
-    train = seconds(mix, largest, 40, 4, Machine(10, 20, 2, 1e6, 1e3, 1e9, training=True, sharded=True))
-    whole = seconds(mix, largest, 40, 4, Machine(10, 20, 2, 1e6, 1e3, 1e9, training=True, sharded=False))
-    resident = seconds(mix, largest, 40, 4, Machine(10, 20, 2, 1e6, 1e3, 1e9, training=False, sharded=False))
-    assert (train / use)[:, 0].tolist() == pytest.approx([3, 2, 2])
-    assert whole[2] == train[2]
-    assert resident[2] == 0
+    mix = Mix(2, 1, 2)
+    assert (timed(mix, hardware=TRAIN) / timed(mix)).tolist() == pytest.approx([3, 2, 2])
+    assert timed(mix, hardware=TRAIN, sharded=False)[2] == timed(mix, hardware=TRAIN)[2]
+    assert timed(mix, sharded=False)[2] == 0
 
 
 def test_few_tokens_wait_for_memory() -> None:
-    slow = Machine(10, 20, 2, 1e6, 1e3, 1e3, training=False, sharded=True)
-    assert seconds(Mix(4, 1, 1), np.array([1.0]), 4, 4, slow)[0] == pytest.approx(1.2)  # 1,200 bytes at 1 kB/s
+    assert timed(Mix(4, 1, 1), 1.0, gb_per_s=1e-6)[0] == pytest.approx(1.2)  # 1,200 bytes at 1 kB/s
 
 
 def test_tutels_choices() -> None:

@@ -12,8 +12,9 @@ from small_traces import random_trace, trace
 from moectl.errors import InputError, UsageError
 from moectl.routers.protocol import Routing
 from moectl.routers.spelling import parse
-from moectl.routing.whatif import replay as module
-from moectl.routing.whatif.replay import batches, replay
+from moectl.routing.whatif import rerouting as module
+from moectl.routing.whatif.replay import replay
+from moectl.routing.whatif.rerouting import batches
 
 
 def softmaxed(seed: int, tokens: int, experts: int, top_k: int, *, lengths=None, probabilities=False):
@@ -92,16 +93,40 @@ def test_the_overlap_by_chance_is_that_of_random_routers():
     assert got["mass moved"] is None
 
 
-@pytest.mark.parametrize("lengths", [[3, 4, 2, 9, 30, 1], [50], [1] * 20])
-def test_batches_hold_all_tokens_and_whole_documents_where_these_fit(lengths):
+@pytest.mark.parametrize("longest", [1, 10, 20, 40])
+@pytest.mark.parametrize("lengths", [[3, 4, 2, 9, 30, 1], [50], [1] * 20, [0, 12, 0, 0, 25, 3, 0]])
+def test_batches_hold_all_tokens_and_whole_documents_where_these_fit(monkeypatch, longest, lengths):
+    """A batch of more than one document has 10 tokens at most; a document is cut where it has more than both bounds."""
+    monkeypatch.setattr(module, "LONGEST", longest)
     traced = random_trace(0, lengths, 4, 1)
     found = list(batches(traced.tokens, 10))
     assert [at for rows in found for at in range(rows.start, rows.stop)] == list(range(sum(lengths)))
-    assert all(rows.stop - rows.start <= 10 for rows in found)
-    starts = {0, *np.cumsum(lengths).tolist()}
+    bound = max(longest, 10)
+    pieces = dict.fromkeys(range(len(lengths)), 0)
     for rows in found:
-        document = traced.tokens.document_T[rows.stop - 1]
-        assert rows.stop in starts or lengths[document] > 10
+        inside = np.unique(traced.tokens.document_T[rows])
+        assert rows.stop - rows.start <= (10 if len(inside) > 1 else bound)
+        for document in inside.tolist():
+            pieces[document] += 1
+    assert pieces == {document: -(-length // bound) for document, length in enumerate(lengths)}
+    assert module.cut_documents(traced.tokens, 10) == sum(length > bound for length in lengths)
+
+
+@pytest.mark.parametrize("router", ["mone", "switch:sequence_room=3"])
+def test_routers_by_sequence_see_whole_documents_however_many_tokens_are_routed_together(router):
+    traced = random_trace(0, [30, 0, 5, 21, 9], 4, 1)
+    sep = "," if ":" in router else ":"
+    found = replay(traced, parse(f"{router},{router}{sep}batch_tokens=10"))
+    whole, small = list(found.detail.values())[1:]
+    assert whole == small and any(layer["overlap"] < 1 for layer in whole)
+
+
+def test_documents_that_are_cut_are_said(monkeypatch):
+    traced = random_trace(0, [30, 5, 21], 4, 1)
+    assert not any("pieces" in text for text in replay(traced, parse("mone:batch_tokens=10")).assumptions)
+    monkeypatch.setattr(module, "LONGEST", 20)
+    found = replay(traced, parse("mone:batch_tokens=10,mone:batch_tokens=25"))
+    assert [text.split(" longer")[0] for text in found.assumptions if "pieces" in text] == ["2 documents are"]
 
 
 def test_biases_move_in_training_and_balance_what_is_unbalanced():
@@ -126,7 +151,7 @@ def test_a_count_that_is_wrong_is_seen(monkeypatch):
         test_the_models_own_router_gives_what_the_model_did(False)
 
 
-@pytest.mark.parametrize("name", ["x-moe", "soft-moe", "limoe", "mmoe"])
+@pytest.mark.parametrize("name", ["x-moe", "soft-moe", "mmoe"])
 def test_what_no_trace_holds_is_refused(name):
     with pytest.raises(UsageError, match="cannot be replayed"):
         replay(softmaxed(0, 10, 8, 2), parse(name))
@@ -141,5 +166,9 @@ def test_more_experts_than_there_are_and_no_scores_are_refused():
 
 def test_routers_of_domains_and_of_words_know_the_trace():
     traced = random_trace(3, [9, 12, 8], 6, 2, domains=3)
-    found = replay(traced, parse("demix,task-level,hash,multihash,thor"))
-    assert [row[0] for row in found.rows][1:] == ["demix", "task-level", "hash", "multihash", "thor"]
+    names = ["demix", "task-level", "hash", "multihash", "thor", "limoe:training=yes", "uni-perceiver"]
+    found = replay(traced, parse(",".join(names)))
+    assert [row[0] for row in found.rows][1:] == names
+    assert row(found, "limoe:training=yes")["dropped"] > 0  # one expert each, and hardly more room than tokens
+    alike, by_task = row(found, "uni-perceiver"), row(found, "task-level")  # a domain is both its task and modality
+    assert {**alike, "router": ""} == {**by_task, "router": ""}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moectl.routing.placement.hardware import Hardware
 from moectl.routing.placement.packing import contiguous
 
 
@@ -41,6 +42,16 @@ class Mix:
         """As in tables."""
         return f"{self.ranks} x {self.slices} x {self.copies}"
 
+    @property
+    def words(self) -> str:
+        """The same in words."""
+        copies = f", {self.copies} times" if self.copies > 1 else ""
+        if self.ranks == self.slices == 1:
+            return "all experts on every GPU"
+        if self.ranks == 1:
+            return f"all experts cut into {self.slices} slices{copies}"
+        return f"experts spread over {self.ranks}{f' x {self.slices} slices' if self.slices > 1 else ' GPUs'}{copies}"
+
     def tutel(self, num_experts: int) -> int | None:
         """What Tutel calls r, if it is one of its choices."""
         if self.ranks == self.slices == 1:
@@ -48,34 +59,6 @@ class Mix:
         if self.ranks == num_experts or (self.slices == self.copies == 1):
             return self.slices
         return None
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """A layer of gated experts, and GPUs.
-
-    Attributes:
-        hidden_size, intermediate_size: of the model and of an expert.
-        value_bytes: of a weight and of a feature.
-        flops, link_bytes, memory_bytes: what a GPU computes, sends or receives, and reads, in a second.
-        training: three passes and four exchanges of tokens, and gradients; else one and two, and none.
-        sharded: copies hold a part of the weights each and gather the rest when they compute (Tutel, ZeRO); else each
-            holds all.
-    """
-
-    hidden_size: int
-    intermediate_size: int
-    value_bytes: float
-    flops: float
-    link_bytes: float
-    memory_bytes: float
-    training: bool
-    sharded: bool
-
-    @property
-    def expert_bytes(self) -> float:
-        """Of one expert's three matrices."""
-        return 3 * self.hidden_size * self.intermediate_size * self.value_bytes
 
 
 def mixes(gpus: int, num_experts: int, intermediate_size: int) -> Iterator[Mix]:
@@ -92,31 +75,41 @@ def busiest(mix: Mix, load_BCE: np.ndarray) -> np.ndarray:
     return np.asarray((load_BCE @ share_ER).max((1, 2)))
 
 
-def seconds(mix: Mix, largest_B: np.ndarray, tokens: int, num_experts: int, machine: Machine) -> np.ndarray:
+def seconds(
+    mix: Mix,
+    largest_B: np.ndarray,
+    tokens: int,
+    num_experts: int,
+    hardware: Hardware,
+    memory_gb_per_s: float,
+    *,
+    sharded: bool,
+) -> np.ndarray:
     """What computing, exchanging tokens, and moving weights take for batches of `tokens`, nothing overlapped [3, B].
 
     Args:
         largest_B: the assignments of the busiest rank.
+        memory_gb_per_s: what a GPU reads of its memory in a second.
+        sharded: copies hold a part of the weights each and gather the rest when they compute (Tutel, ZeRO); else each
+            holds all.
     """
-    passes, exchanges = (3, 4) if machine.training else (1, 2)
-    feature_s = machine.hidden_size * machine.value_bytes / machine.link_bytes
-    local = expert_bytes(mix, num_experts, machine)
-    operations = 6 * machine.hidden_size * machine.intermediate_size / mix.slices
-    compute_B = passes * np.maximum(largest_B * operations / machine.flops, local / machine.memory_bytes)
+    cost, local = hardware.cost, expert_bytes(mix, num_experts, hardware)
+    reading_s = hardware.passes * local / (memory_gb_per_s * 1e9)
+    compute_B = np.maximum(largest_B * cost.compute_s / mix.slices, reading_s)
     if mix.ranks > 1:
-        exchange_B = exchanges * largest_B * (1 - 1 / mix.ranks) * feature_s
+        exchange_B = largest_B * (1 - 1 / mix.ranks) * cost.exchange_s
     else:  # slices of all experts on every GPU: tokens are gathered, not sent to experts one by one
-        exchange_B = np.full(len(largest_B), exchanges * tokens / mix.copies * (1 - 1 / mix.slices) * feature_s)
-    others = (1 - 1 / mix.copies) * local / machine.link_bytes
-    times = 1 + machine.training if machine.sharded else 2 * machine.training
-    return np.stack([compute_B, exchange_B, np.full(len(largest_B), times * others)])
+        exchange_B = np.full(len(largest_B), tokens / mix.copies * (1 - 1 / mix.slices) * cost.exchange_s)
+    times = 1 + hardware.training if sharded else 2 * hardware.training
+    others_s = (1 - 1 / mix.copies) * local / (hardware.gb_per_s * 1e9)
+    return np.stack([compute_B, exchange_B, np.full(len(largest_B), times * others_s)])
 
 
-def expert_bytes(mix: Mix, num_experts: int, machine: Machine) -> float:
+def expert_bytes(mix: Mix, num_experts: int, hardware: Hardware) -> float:
     """Of the experts' weights that a GPU computes with, in one layer."""
-    return -(-num_experts // mix.ranks) * machine.expert_bytes / mix.slices
+    return -(-num_experts // mix.ranks) * hardware.expert_bytes / mix.slices
 
 
-def held_bytes(mix: Mix, num_experts: int, machine: Machine) -> float:
+def held_bytes(mix: Mix, num_experts: int, hardware: Hardware, *, sharded: bool) -> float:
     """Of the experts' weights that a GPU holds, in one layer, without gradients and what an optimiser keeps."""
-    return expert_bytes(mix, num_experts, machine) / (mix.copies if machine.sharded else 1)
+    return expert_bytes(mix, num_experts, hardware) / (mix.copies if sharded else 1)

@@ -46,7 +46,9 @@ def advise(trace: RoutingTrace, machine: Machine, model: Model | None = None) ->
     expert_gb = None if model.experts_gb is None else model.experts_gb / sum(map(computing_experts, trace.layers))
     free_gb = machine.gpu_memory_gb * (1 - machine.reserved) - (model.other_gb or 0)
     slots = None if not expert_gb else max(0, int(free_gb / (layers * expert_gb) + 1e-9))
-    told = [steps.memory(machine, model, layers, most, expert_gb, slots)]
+    first = steps.balance(trace, most)
+    told = [] if first is None else [first]
+    told.append(steps.memory(machine, model, layers, most, expert_gb, slots))
     findings: dict[str, Finding] = {}
     fits = slots is None or slots * machine.gpus >= most
     chosen: dict[str, Any] = {
@@ -54,6 +56,7 @@ def advise(trace: RoutingTrace, machine: Machine, model: Model | None = None) ->
         "slots_per_gpu": slots,
         "replicas": 0,
         "placement": "contiguous",
+        "balanced": first is None,
         "cache": None,
     }
     if machine.gpus > 1 and fits:
@@ -67,16 +70,18 @@ def advise(trace: RoutingTrace, machine: Machine, model: Model | None = None) ->
     step, findings["capacity"], chosen["capacity_factor"] = steps.with_capacity(trace, machine)
     told.append(step)
     if machine.gpus > 1:
-        step, findings["all-to-all"], chosen["tokens_per_s_and_gpu"] = steps.traffic(trace, machine, model)
+        uneven = chosen["imbalance"]["after"] if "imbalance" in chosen else steps.unplaced(trace, machine.gpus)
+        step, findings["all-to-all"], chosen["tokens_per_s_and_gpu"] = steps.traffic(trace, machine, model, uneven)
         told.append(step)
-    if machine.gpus > 1 and fits and expert_gb and model.hidden_size:
+    if 1 < machine.gpus <= len(trace) and fits and expert_gb and model.hidden_size:
         step, findings["parallelism"], chosen["mix"] = steps.mix(trace, machine, model.hidden_size, expert_gb, free_gb)
+        chosen["mix_in_words"] = findings["parallelism"].detail["chosen_in_words"]
         told.append(step)
     return Advice(_summary(chosen, machine), tuple(told), chosen, findings)
 
 
 def _summary(chosen: Mapping[str, Any], machine: Machine) -> str:
-    said = []
+    said = [] if chosen["balanced"] else ["look at the router and the text first, for the loads are far from even"]
     if held := chosen["cache"]:
         said.append(f"keep {held['experts_of_a_layer']} experts of a layer on {machine.gpus} GPUs and fetch the rest")
     elif machine.gpus > 1 and chosen["fits"]:
@@ -89,8 +94,11 @@ def _summary(chosen: Mapping[str, Any], machine: Machine) -> str:
         )
     if not chosen["fits"] and not held:
         said.append("take larger GPUs, or more of them")
-    said.append(f"drop nothing, or take a capacity factor of {chosen['capacity_factor']:.3g}")
+    factor = chosen["capacity_factor"]
+    said.append(
+        "drop nothing" + (f", or take a capacity factor of {factor:.3g}" if factor <= steps.MOST_FACTOR else "")
+    )
     if chosen.get("mix") not in (None, f"{machine.gpus} x 1 x 1"):
-        said.append(f"weigh {chosen['mix']} (ranks x slices x copies) against it, which is modelled to be fastest")
+        said.append(f"weigh against it {chosen['mix_in_words']}, which is modelled to be fastest")
     text = "; ".join(said) + "."
     return text[0].upper() + text[1:]

@@ -1,8 +1,9 @@
 """How many bytes expert parallelism sends between GPUs and between nodes, and to how many of them a token goes.
 
 A token that goes to several experts of a node need cross to it once (as DeepSeek-V3 does, arXiv 2412.19437, 3.2.2),
-or once for each. A hierarchical exchange (HetuMoE, arXiv 2203.14685; from memory) sends the same bytes between nodes in
-fewer and larger messages: those of all pairs of GPUs of two nodes as one.
+or once for each. A hierarchical exchange (HetuMoE, arXiv 2203.14685; Hetu, `python/hetu/gpu_ops/HAllToAll.py`) sends
+the same bytes between nodes in fewer and larger messages: the GPUs of a node send all to its first, which exchanges
+with the first of every other node and hands out what came.
 Legend: T tokens, K choices, E experts, G GPUs, N nodes, D domains, S sums.
 """
 
@@ -265,8 +266,8 @@ def _assumptions(options: Options, messages: Mapping[str, float]) -> tuple[str, 
     exchange = (
         f"An exchange of {options.batch_tokens} tokens sends {messages['flat messages']:.0f} messages of "
         f"{messages['flat bytes'] / 1e3:.1f} kB between nodes, or {messages['hierarchical messages']:.0f} of "
-        f"{messages['hierarchical bytes'] / 1e3:.1f} kB if those of all pairs of GPUs of two nodes go as one, a copy "
-        "per expert in both."
+        f"{messages['hierarchical bytes'] / 1e3:.1f} kB where the first GPU of a node sends for all (HetuMoE), a "
+        "copy per expert in both."
     )
     return (
         f"{options.gpus} GPUs, {options.gpus_per_node} on a node, {where}; {whose}.",

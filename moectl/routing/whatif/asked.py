@@ -21,7 +21,7 @@ CHUNK = 1 << 13
 """Tokens whose scores are in memory at once, in float64."""
 
 MOST = 10**9
-"""What no option is above; there are at most MOST_GPUS GPUs and nodes, for each of which something is counted."""
+"""What no option is above; there are at most MOST_GPUS GPUs, nodes and replicas, for each of which work is done."""
 
 MOST_GPUS = 1 << 16
 
@@ -39,7 +39,7 @@ def require_numbers(options: Any, *may_be_zero: str) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         zero = field.name in (*may_be_zero, "seed")
-        most = MOST_GPUS if field.name in ("gpus", "gpus_per_node", "nodes") else MOST
+        most = MOST_GPUS if field.name in ("gpus", "gpus_per_node", "nodes", "replicas") else MOST
         if not (0 <= value <= most if zero else 0 < value <= most):
             least = "from 0" if zero else "above 0 and up"
             raise UsageError(
@@ -47,6 +47,16 @@ def require_numbers(options: Any, *may_be_zero: str) -> None:
                 "",
                 f"Give {field.name}={field.default}, say: a number {least} to {most:,}.",
             )
+
+
+def require_share(options: Any, name: str) -> None:
+    """Check that a number of a dataclass of options is 1 at most.
+
+    Raises:
+        UsageError: it is more.
+    """
+    if getattr(options, name) > 1:
+        raise UsageError(f"{name} cannot be {getattr(options, name):g}: that is more than all.", "", "Give 0 to 1.")
 
 
 def require(trace: RoutingTrace, name: str, *needs: Need) -> None:
@@ -70,8 +80,19 @@ def require(trace: RoutingTrace, name: str, *needs: Need) -> None:
 
 
 def computing_experts(routed: Routed) -> int:
-    """How many experts of a point compute something."""
-    return routed.point.num_experts - routed.point.null_experts
+    """How many experts of a point compute something.
+
+    Raises:
+        InputError: none does.
+    """
+    experts = routed.point.num_experts - routed.point.null_experts
+    if experts < 1:
+        raise InputError(
+            f"No expert of {routed.point.name} computes anything.",
+            f"The trace says so of {routed.point.null_experts} of {routed.point.num_experts}.",
+            _CAPTURE,
+        )
+    return experts
 
 
 def computing(routed: Routed) -> tuple[np.ndarray, int]:

@@ -13,10 +13,10 @@ import numpy as np
 
 from moectl.errors import UsageError
 from moectl.report.output import Cell
-from moectl.routing.whatif.asked import computing_experts, require, require_numbers
+from moectl.routing.whatif.asked import computing_experts, require, require_numbers, require_share
 from moectl.routing.whatif.eviction import BELADY, INFINITY, LFU, LRU, PROTECTED
 from moectl.routing.whatif.finding import Curve, Finding
-from moectl.routing.whatif.hit_rates import chance, found, requested, static_rate
+from moectl.routing.whatif.hit_rates import chance, found, requested, static_chance, static_rate
 from moectl.text import shown
 from moectl.traces.trace import DECODE, PREFILL, RoutingTrace
 
@@ -60,6 +60,7 @@ class Options:
             if value not in known:
                 raise UsageError(f"There is no {name} {shown(value)!r}.", "", f"Give one of {', '.join(known)}.")
         require_numbers(self, "target")
+        require_share(self, "target")
 
 
 def run(trace: RoutingTrace, options: Options) -> Finding:
@@ -84,21 +85,20 @@ def run(trace: RoutingTrace, options: Options) -> Finding:
     static_C = static_rate(trace, one=one)
     if static_C is not None:
         rate_C[STATIC] = static_C
-        chance_C[STATIC] = draw(STATIC, one=False, empty=False)
+        chance_C[STATIC] = static_chance(trace, requests_LD.sum(1))
 
     def ms(rate: float) -> float:
         return options.dense_ms + per_token * (1 - rate) * options.expert_mb / options.gb_per_s
 
+    needed = {policy: _needed(rates, options.target) for policy, rates in rate_C.items()}
     rows: list[tuple[Cell, ...]] = []
     for policy, rates in rate_C.items():
         for size in sizes:
             rate, null = float(rates[size]), float(chance_C[policy][size])
             held = sum(min(size, computing_experts(routed)) for routed in trace.layers) * options.expert_mb / 1e3
             missed = per_token * (1 - rate)
-            rows.append(
-                (policy, size, held, rate, null, rate - null, missed, missed * options.expert_mb, 1e3 / ms(rate))
-            )
-    needed = {policy: _needed(rates, options.target) for policy, rates in rate_C.items()}
+            megabytes, speed = missed * options.expert_mb, 1e3 / ms(rate)
+            rows.append((policy, size, held, rate, null, rate - null, missed, megabytes, speed, needed[policy]))
     domains = {name: at for at, name in enumerate(trace.tokens.domains) if requests_LD[:, at].any()}
     domain_C = {
         name: {policy: each[:, at].sum(0) / requests_LD[:, at].sum() for policy, each in hits_LDC.items()}
@@ -113,7 +113,10 @@ def run(trace: RoutingTrace, options: Options) -> Finding:
     return Finding(
         "cache",
         _headline(rate_C, chance_C, needed[LRU], sizes[(len(sizes) - 1) // 2], options.target),
-        ("policy", "experts held", "GB", "hit rate", "random", "beyond it", "misses/token", "MB/token", "tokens/s"),
+        (
+            *("policy", "experts held", "GB", "hit rate", "random", "beyond it", "misses/token", "MB/token"),
+            *("tokens/s", f"held for {options.target:.0%}"),
+        ),
         tuple(rows),
         _curves(rate_C, chance_C, {name: each[LRU] for name, each in domain_C.items()}, ms, sizes[0], one),
         _assumptions(options, len(domains)),
@@ -205,8 +208,8 @@ def _assumptions(options: Options, domains: int) -> tuple[str, ...]:
         "The experts of a step are asked for at once, and hits are counted before any comes in. Nothing is prefetched.",
         f"The first document finds the caches empty; every other {left}.",
         f"Tokens/s is a ceiling: {options.dense_ms:g} ms, and after it {miss}.",
-        "Random routing finds C/E in a full cache, under every policy that knows the past alone.",
-        "Under Belady, in a cache over all layers and in caches that start empty random routing is simulated.",
+        "Random routing finds C/E in a full cache, less while it fills, under all policies that know the past alone.",
+        "Under Belady, and in a cache over all layers, random routing is simulated.",
         "static holds the busiest experts of one half of the documents and is judged on the other.",
         "It takes nothing in, so a small one may find more than a cache that fetches on demand, even Belady's.",
         "MoE-Infinity holds what the document asked for most (arXiv 2401.14361).",

@@ -56,6 +56,8 @@ def together(tokens: Tokens, at_X: np.ndarray, batch: int, seed: int) -> np.ndar
 
 def consecutive(tokens: Tokens, at_X: np.ndarray, batch: int) -> np.ndarray:
     """The tokens of every window of `batch` consecutive ones of a document [S, B]; windows do not overlap."""
+    if batch > len(at_X):
+        return np.empty((0, batch), np.int64)
     document_X = tokens.document_T[at_X]
     start_X = np.searchsorted(document_X, document_X)
     size_X = np.searchsorted(document_X, document_X, side="right") - start_X
@@ -131,21 +133,24 @@ def run(trace: RoutingTrace, options: Options) -> Finding:
     )
     total = with_mean(rows)[-1]
     domains = _domains(trace, at_X, options)
+    megabytes = sum(float(row[5] or 0) for row in rows)
+    several = f"{options.draft} consecutive tokens read" if options.draft > 1 else "A token reads"
+    who = "One document decoded alone reads" if batch == 1 else f"{batch} documents decoded at once read"
     headline = (
-        f"{batch} documents decoded at once read {total[1]:.1f} experts a layer, {total[4]:.0%} of them, where even "
+        f"{who} {total[1]:.1f} experts a layer, {total[4]:.0%} of them, where even "
         f"random routing would read {total[2]:.1f}, and independent tokens with the loads of the trace {total[3]:.1f}: "
-        f"{sum(float(row[5] or 0) for row in rows) / 1000:.3g} GB a step at {options.expert_mb:g} MB an expert"
+        f"{megabytes / 1000:.3g} GB a step at {options.expert_mb:g} MB an expert"
     )
     if total[6] is not None:
-        headline += f". {options.draft} consecutive tokens read {total[6]:.1f} (random routing: {total[7]:.1f})"
+        headline += f". {several} {total[6]:.1f} (random routing: {total[7]:.1f})"
     return Finding(
         "coalescing",
         headline + ".",
         columns,
-        with_mean(rows),
+        (*with_mean(rows), ("all layers", *[None] * 4, megabytes, None, None)),
         (_curve(sizes, curves),),
         _assumptions(bool(decoded_T.any()), options, batch),
-        {"batch": batch, "domains": domains, "gb a step": sum(float(row[5] or 0) for row in rows) / 1000},
+        {"batch": batch, "domains": domains, "gb a step": megabytes / 1000},
     )
 
 

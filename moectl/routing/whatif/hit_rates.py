@@ -11,11 +11,15 @@ import numpy as np
 
 from moectl.routing.placement.loads import halves
 from moectl.routing.whatif.asked import computing, computing_experts
+from moectl.routing.whatif.chance import Shares, choices, inside
 from moectl.routing.whatif.eviction import BELADY, Requests, asked, hits
 from moectl.traces.trace import Routed, RoutingTrace
 
 DRAWN = 1 << 20
 """How many numbers a layer of random routing is drawn from."""
+
+MOST_STEPS = 1 << 14
+"""Tokens after which a cache that is not full is taken as filling no more."""
 
 
 def layer_requests(trace: RoutingTrace, routed: Routed, empty: bool = False) -> Requests:
@@ -95,24 +99,63 @@ def chance(
 ) -> np.ndarray:
     """The hit rate of a policy [C + 1] if every token drew its experts by a fair lot.
 
-    In a full cache of a layer every policy that knows the past alone hits C/E: what it holds tells nothing of the draw.
-    All else is simulated.
+    In a cache of a layer all policies but Belady's find as much, `filling`. All else is simulated.
 
     Args:
         requests_L: of each layer of the trace, which its rates are averaged with.
     """
-    size_C = np.arange(max(map(computing_experts, trace.layers)) + 1)
     if one:
         drawn = drawn_like(trace, trace.layers, DRAWN // len(trace.layers), seed)
         return _rate(drawn, policy, one=True, empty=empty)
-    rates: dict[tuple[int, int], np.ndarray] = {}
-    for routed in trace.layers:
-        shape = (computing_experts(routed), routed.point.top_k)
-        if shape not in rates and (policy == BELADY or empty):
+    tokens_N = np.bincount(trace.tokens.document_T) if empty else np.array([len(trace)])
+    rates: dict[tuple[int, Shares], np.ndarray] = {}
+    shapes = [(computing(routed)[1], choices(computing(routed)[0])) for routed in trace.layers]
+    for shape, routed in zip(shapes, trace.layers, strict=True):
+        if shape not in rates and policy == BELADY:
             rates[shape] = _rate(drawn_like(trace, (routed,), DRAWN, seed), policy, one=False, empty=empty)
-        rates.setdefault(shape, np.arange(shape[0] + 1) / shape[0])
-    shapes = [(computing_experts(routed), routed.point.top_k) for routed in trace.layers]
-    rate_LC = np.stack([rates[shape][np.minimum(size_C, shape[0])] for shape in shapes])
+        elif shape not in rates:
+            rates[shape] = filling(*shape, tokens_N)
+    return _over_layers(trace, [rates[shape] for shape in shapes], requests_L)
+
+
+def static_chance(trace: RoutingTrace, requests_L: np.ndarray) -> np.ndarray:
+    """What experts that never leave find if every token drew by a fair lot, C/E, weighed by requests [C + 1]."""
+    sizes = map(computing_experts, trace.layers)
+    return _over_layers(trace, [np.arange(experts + 1) / experts for experts in sizes], requests_L)
+
+
+def filling(experts: int, share_J: Shares, tokens_N: np.ndarray) -> np.ndarray:
+    """The hit rate under random routing of every cache that fetches what is asked for and knows the past alone [C + 1].
+
+    What is inside tells nothing of what is drawn, so a cache finds C/E once it is full. Before, it holds all that was
+    ever asked for: a token finds as large a part as the tokens before it took of the experts, the mean of which is
+    summed over tokens in closed form.
+
+    Args:
+        share_J: which share of the tokens has 0, 1, ... K experts.
+        tokens_N: tokens of each run that begins with an empty cache.
+    """
+    step_DD = np.zeros((experts + 1, experts + 1))
+    for seen in range(experts + 1):
+        for new, likely in enumerate(inside(experts, experts - seen, share_J)[: experts - seen + 1]):
+            step_DD[seen, seen + new] += likely
+    left_T = len(tokens_N) - np.cumsum(np.bincount(tokens_N))  # runs that have a token at each place
+    seen_D, held_C, total = np.zeros(experts + 1), np.zeros(experts + 1), max(int(tokens_N.sum()), 1)
+    seen_D[0] = 1
+    for place, runs in enumerate(left_T[:MOST_STEPS]):
+        now_C = np.append(0, np.cumsum(np.cumsum(seen_D[:0:-1])[::-1]))  # the mean of min(seen, C)
+        if place == MOST_STEPS - 1 or seen_D[-1] > 1 - 1e-12:
+            runs = int(left_T[place:].sum())
+        held_C += runs * now_C
+        if runs > left_T[place]:
+            break
+        seen_D = seen_D @ step_DD
+    return held_C / experts / total
+
+
+def _over_layers(trace: RoutingTrace, rate_L: list[np.ndarray], requests_L: np.ndarray) -> np.ndarray:
+    size_C = np.arange(max(map(computing_experts, trace.layers)) + 1)
+    rate_LC = np.stack([rate_C[np.minimum(size_C, len(rate_C) - 1)] for rate_C in rate_L])
     return np.asarray(requests_L @ rate_LC / max(requests_L.sum(), 1))
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moectl.errors import InputError, UsageError
+from moectl.errors import InputError
 from moectl.routing.placement.loads import halves
-from moectl.routing.whatif.asked import computing, computing_experts, require, require_numbers
+from moectl.routing.whatif.asked import computing, computing_experts, require, require_numbers, require_share
 from moectl.routing.whatif.chance import choices
 from moectl.routing.whatif.eviction import BELADY, LRU, Requests, hits
 from moectl.routing.whatif.finding import Curve, Finding
@@ -48,10 +48,7 @@ class Options:
 
     def __post_init__(self) -> None:
         require_numbers(self, "resident")
-        if self.resident > 1:
-            raise UsageError(
-                f"resident cannot be {self.resident:g}: that is more than all experts.", "", "Give 0 to 1."
-            )
+        require_share(self, "resident")
 
 
 def run(trace: RoutingTrace, options: Options) -> Finding:
@@ -79,10 +76,10 @@ def run(trace: RoutingTrace, options: Options) -> Finding:
     buffers, held = _buffers(trace, options, least)
     at = held.index(least)
     buffer = {name: rates[at] for name, rates in buffers.items()}
-    per_expert = copy_us / options.cpu_us_per_token
+    per_expert, answer = copy_us / options.cpu_us_per_token, rows[sizes.index(options.batch)]
     return Finding(
         "offload",
-        _headline(rows[sizes.index(options.batch)], per_expert, (changes, _reached(sizes, random)), buffer, least),
+        _headline(answer, per_expert, (changes, _reached(sizes, random)), buffer, least),
         (
             "batch",
             "experts/layer",
@@ -92,8 +89,9 @@ def run(trace: RoutingTrace, options: Options) -> Finding:
             "Fiddler ms/token",
             "longer side ms/token",
             "on the CPU",
+            *(f"in {name}" for name in buffer),
         ),
-        tuple(rows),
+        tuple((*row, *(buffer.values() if row is answer else [None] * len(buffer))) for row in rows),
         (_costs_curve(rows), _buffer_curve(held, buffers, options.batch)),
         (
             f"The CPU takes {options.cpu_us_per_token:g} us for a token at an expert; to fetch one takes {copy_us:g}.",
@@ -192,7 +190,7 @@ def _buffers(trace: RoutingTrace, options: Options, least: int) -> tuple[dict[st
     most = max(map(computing_experts, trace.layers))
     held = sorted({least, *np.linspace(1, most, POINTS).round().astype(int).tolist()})
     rates = _found(trace, options.batch, held, (BUFFER, LRU, BELADY))
-    drawn = drawn_like(trace, trace.layers[:1], DRAWN, options.seed)
+    drawn = drawn_like(trace, trace.layers, DRAWN // len(trace.layers), options.seed)
     rates[RANDOM] = _found(drawn, options.batch, held, (BUFFER,))[BUFFER]
     return rates, held
 

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from moectl.report.output import Cell
+from moectl.routing.placement.hardware import Hardware
 from moectl.routing.placement.loads import batch_loads, require_tokens
-from moectl.routing.placement.mixes import Machine, Mix, busiest, held_bytes, mixes, seconds
+from moectl.routing.placement.mixes import Mix, busiest, held_bytes, mixes, seconds
 from moectl.routing.placement.placement import fair_loads
-from moectl.routing.whatif.asked import computing_experts, require_numbers
+from moectl.routing.whatif.asked import computing, computing_experts, require_numbers
 from moectl.routing.whatif.finding import Curve, Finding
-from moectl.traces.trace import RoutingTrace
+from moectl.traces.trace import Routed, RoutingTrace
 
 MOST_PIECES = 1 << 15
 DRAWS = 1 << 12
@@ -25,34 +26,21 @@ MOST_LINES = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class Options(Hardware):
     """The machine and the model.
 
     Attributes:
-        gpus: that a layer's experts are on.
         batch_tokens: tokens of a batch, over all GPUs; at most what the trace has.
-        hidden_size, intermediate_size: of the model and of an expert.
-        value_bytes: of a weight, and of a feature that is sent.
-        tflops: what a GPU computes of experts in a second, in 10^12 operations.
-        gb_per_s: what a GPU sends or receives in a second.
         memory_gb_per_s: what a GPU reads of its memory in a second.
         memory_gb: what the experts of all layers may take of a GPU's memory.
         sharded: copies hold a part of the weights each and gather the rest (Tutel); else each holds all.
-        training: three passes of computing, four exchanges of tokens, and gradients; else one, two, and none.
         seed: of what chance draws.
     """
 
-    gpus: int = 8
     batch_tokens: int = 4096
-    hidden_size: int = 2048
-    intermediate_size: int = 1024
-    value_bytes: float = 2.0
-    tflops: float = 200.0
-    gb_per_s: float = 50.0
     memory_gb_per_s: float = 2000.0
     memory_gb: float = 60.0
     sharded: bool = True
-    training: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -78,27 +66,21 @@ def run(trace: RoutingTrace, options: Options) -> Finding:
         InputError: the trace has fewer tokens than there are GPUs.
     """
     require_tokens(trace, f"parallelism with gpus={options.gpus}", options.gpus)
-    machine = Machine(
-        options.hidden_size,
-        options.intermediate_size,
-        options.value_bytes,
-        options.tflops * 1e12,
-        options.gb_per_s * 1e9,
-        options.memory_gb_per_s * 1e9,
-        options.training,
-        options.sharded,
-    )
     piece, per_gpu = _pieces(len(trace), options)
-    experts = computing_experts(trace.layers[0])
-    choices = list(mixes(options.gpus, experts, options.intermediate_size))
+    experts_L = [computing_experts(routed) for routed in trace.layers]
+    choices = list(mixes(options.gpus, min(experts_L), options.intermediate_size))
     scales = [1 << power for power in range(32) if (options.gpus * piece) << power <= len(trace)]
-    timed = _timed((batch_loads(routed, piece) for routed in trace.layers), choices, scales, piece, machine)
+    timed = _timed((batch_loads(routed, piece) for routed in trace.layers), choices, scales, piece, options)
     scale = per_gpu // piece
-    chance = _timed([_fair(trace, experts, piece, scale, options)], choices, [scale], piece, machine)
-    held = {mix: len(trace.layers) * held_bytes(mix, experts, machine) / 1e9 for mix in choices}
-    return _finding(
-        timed[scale], chance[scale], timed, held, experts, trace.layers[0].point.top_k, per_gpu, piece, options
-    )
+    generator = np.random.default_rng(options.seed)
+    fair = (_fair(routed, piece, scale, options.gpus, generator) for routed in trace.layers)
+    chance = _timed(fair, choices, [scale], piece, options)
+    held = {
+        mix: sum(held_bytes(mix, experts, options, sharded=options.sharded) for experts in experts_L) / 1e9
+        for mix in choices
+    }
+    top_k = max(routed.point.top_k for routed in trace.layers)
+    return _finding(timed[scale], chance[scale], timed, held, experts_L, top_k, per_gpu, piece, options)
 
 
 def _pieces(tokens: int, options: Options) -> tuple[int, int]:
@@ -111,7 +93,7 @@ def _pieces(tokens: int, options: Options) -> tuple[int, int]:
 
 
 def _timed(
-    layers: Iterable[np.ndarray], choices: list[Mix], scales: list[int], piece: int, machine: Machine
+    layers: Iterable[np.ndarray], choices: list[Mix], scales: list[int], piece: int, options: Options
 ) -> dict[int, dict[Mix, _Timed]]:
     """Means over layers and batches, of batches that have each of `scales` pieces on every GPU."""
     found: dict[int, dict[Mix, list[_Timed]]] = {scale: {mix: [] for mix in choices} for scale in scales}
@@ -124,8 +106,9 @@ def _timed(
                 load_BCE = by_copies[mix.copies]
                 largest_B = busiest(mix, load_BCE)
                 mean_B = load_BCE.sum((1, 2)) / (mix.ranks * mix.copies)
-                parts = seconds(mix, largest_B, scale * piece * mix.gpus, load_PE.shape[1], machine).mean(1)
-                timed[mix].append(_Timed(parts, float(largest_B.sum() / mean_B.sum() if mean_B.any() else 1.0)))
+                tokens, rate = scale * piece * mix.gpus, options.memory_gb_per_s
+                parts = seconds(mix, largest_B, tokens, load_PE.shape[1], options, rate, sharded=options.sharded)
+                timed[mix].append(_Timed(parts.mean(1), float(largest_B.sum() / mean_B.sum() if mean_B.any() else 1.0)))
     return {scale: {mix: _mean(each) for mix, each in timed.items()} for scale, timed in found.items()}
 
 
@@ -140,11 +123,12 @@ def _mean(timed: list[_Timed]) -> _Timed:
     return _Timed(np.mean([each.parts for each in timed], 0), float(np.mean([each.uneven for each in timed])))
 
 
-def _fair(trace: RoutingTrace, experts: int, piece: int, scale: int, options: Options) -> np.ndarray:
-    """Pieces of even routers [P, E]."""
-    generator = np.random.default_rng(options.seed)
-    draws = max(DRAWS, options.gpus * scale)
-    return fair_loads(piece, experts, min(trace.layers[0].point.top_k, experts), draws, generator)
+def _fair(routed: Routed, piece: int, scale: int, gpus: int, generator: np.random.Generator) -> np.ndarray:
+    """Pieces of an even router that chooses as often as the trace has it [P, E]."""
+    index_TK, experts = computing(routed)
+    top_k = min(routed.point.top_k, experts)
+    per_token = float((index_TK >= 0).sum(1).mean())
+    return fair_loads(piece, experts, top_k, max(DRAWS, gpus * scale), generator) * (per_token / top_k)
 
 
 def _finding(
@@ -152,17 +136,20 @@ def _finding(
     chance: dict[Mix, _Timed],
     timed: dict[int, dict[Mix, _Timed]],
     held: dict[Mix, float],
-    experts: int,
+    experts_L: list[int],
     top_k: int,
     per_gpu: int,
     piece: int,
     options: Options,
 ) -> Finding:
     ordered = sorted(now, key=lambda mix: now[mix].total)
+    # Where layers have other numbers of experts, Tutel may call the same mix differently.
+    names = {mix: {mix.tutel(experts) for experts in experts_L} for mix in ordered}
+    tutel = {mix: next(iter(each)) if len(each) == 1 else None for mix, each in names.items()}
     rows: list[tuple[Cell, ...]] = [
         (
             mix.name,
-            mix.tutel(experts),
+            tutel[mix],
             now[mix].uneven,
             *(float(part) * 1e3 for part in now[mix].parts),
             now[mix].total * 1e3,
@@ -174,16 +161,16 @@ def _finding(
     ]
     fitting = [mix for mix in ordered if held[mix] <= options.memory_gb]
     chosen = fitting[0] if fitting else None
-    least = min(held.values())
+    least, of = min(held.values()), "" if chosen == ordered[0] else f" of those that fit in {options.memory_gb:g} GB"
     headline = (
         f"For {per_gpu * options.gpus} tokens on {options.gpus} GPUs, {chosen.name} (ranks x slices x copies) is "
-        f"fastest: {now[chosen].total * 1e3:.3g} ms a layer, {chance[chosen].total * 1e3:.3g} ms by chance, with "
+        f"fastest{of}: {now[chosen].total * 1e3:.3g} ms a layer, {chance[chosen].total * 1e3:.3g} ms by chance, with "
         f"{held[chosen]:.3g} GB of experts on a GPU."
         if chosen
         else f"No mix fits in {options.memory_gb:g} GB: the experts take {least:.3g} GB of each of {options.gpus} GPUs."
     )
     best = {str(scale * piece * options.gpus): _best(found, fitting) for scale, found in timed.items()}
-    auto = _tutel_auto(experts, top_k, per_gpu, options)
+    auto = _tutel_auto(max(experts_L), top_k, per_gpu, options)
     return Finding(
         "parallelism",
         headline,
@@ -204,7 +191,8 @@ def _finding(
         _assumptions(options),
         {
             "chosen": chosen.name if chosen else None,
-            "chosen_tutel_r": chosen.tutel(experts) if chosen else None,
+            "chosen_in_words": chosen.words if chosen else None,
+            "chosen_tutel_r": tutel[chosen] if chosen else None,
             "tutel_auto": auto,
             "best_by_batch_tokens": best,
             "total_ms": {mix.name: now[mix].total * 1e3 for mix in ordered},
@@ -244,21 +232,17 @@ def _curve(
 
 
 def _assumptions(options: Options) -> tuple[str, ...]:
-    passes = "three passes and four exchanges of tokens (training)" if options.training else "one pass, two exchanges"
-    held = "hold a part each and gather the rest" if options.sharded else "hold all"
-    model = (
-        f"Experts of 3 x {options.hidden_size} x {options.intermediate_size} weights, {passes}; {options.tflops:g} "
-        f"TFLOP/s, {options.gb_per_s:g} GB/s between GPUs and {options.memory_gb_per_s:g} GB/s of memory; nothing "
-        "overlaps, and all GPUs are equally far apart."
-    )
-    sent = (
-        "Narrow slices compute as fast as whole experts. A token is sent once for each of its experts, to each slice; "
-        "without ranks, tokens are gathered instead."
-    )
+    said, held = options.said(), "hold a part each and gather the rest" if options.sharded else "hold all"
     return (
-        model,
+        (
+            f"{said[0].upper()}{said[1:]}; {options.tflops:g} TFLOP/s, {options.gb_per_s:g} GB/s between GPUs and "
+            f"{options.memory_gb_per_s:g} GB/s of memory; nothing overlaps, and all GPUs are equally far apart."
+        ),
         f"Experts stand by their numbers; a batch waits for its busiest rank; copies {held}.",
-        sent,
+        (
+            "Narrow slices compute as fast as whole experts. A token is sent once for each of its experts, to each "
+            "slice; without ranks, tokens are gathered instead."
+        ),
         "GB are of weights alone: gradients, optimiser and what else the model has are not in them.",
         "Tutel reports 4.96x and 5.75x for a layer on 16 and 2,048 A100 (2206.03382), with other gains in it.",
     )

@@ -29,6 +29,9 @@ PUBLISHED = (
     "GPUs 1.27, 2.14, 1.28 contiguous and 1.06, 1.01, 1.00 repacked; arxiv on 16 GPUs 2.63, 1.92, 2.27, "
     "repacked 2.13, 1.61, 1.88, and 1.035, 1.033, 1.035 with 16 replicas."
 )
+MOST_COPIES = 3
+"""Of each expert, on average, up to which replicas are tried for the curve."""
+
 POLICIES = ("contiguous", "repacked", "replicated")
 
 
@@ -84,12 +87,18 @@ def run(trace: RoutingTrace, options: Options) -> Finding:
     table = with_mean(rows)
     means = [float(mean) for mean in table[-1][1:] if mean is not None]
     transfer = _transfer(layers, trace.tokens.domains, options)
-    slots = len(placed[0]["replicated"].expert_S)
+    apart = [
+        (f"fitted on {shown(fit, 40)}, judged on {shown(judge, 40)}", None, None, value, None, None)
+        for fit, row in transfer.items()
+        for judge, value in row.items()
+        if fit not in ("all", judge)
+    ]
+    slots = sorted({len(each["replicated"].expert_S) for each in placed})
     return Finding(
         "placement",
         _headline(means, options, slots, transfer),
         ("layer", *POLICIES, "chance", "least without replicas"),
-        table,
+        (*table, *apart),
         (_over_gpus(layers, options, generator), _over_replicas(layers, options, means)),
         _assumptions(options),
         {
@@ -199,7 +208,7 @@ def _over_gpus(layers: list[_Layer], options: Options, generator: np.random.Gene
 def _over_replicas(layers: list[_Layer], options: Options, means: list[float]) -> Curve:
     experts = max(len(layer.fit_E) for layer in layers)
     steps = sorted({0, options.replicas, *(options.gpus << power for power in range(20))})
-    counts = [replicas for replicas in steps if replicas <= max(experts, options.replicas)]
+    counts = [replicas for replicas in steps if replicas <= max(MOST_COPIES * experts, options.replicas)]
     replicated = [
         float(
             np.mean(
@@ -225,11 +234,14 @@ def _over_replicas(layers: list[_Layer], options: Options, means: list[float]) -
     )
 
 
-def _headline(means: list[float], options: Options, slots: int, transfer: Mapping[str, Mapping[str, float]]) -> str:
+def _headline(
+    means: list[float], options: Options, slots: list[int], transfer: Mapping[str, Mapping[str, float]]
+) -> str:
     naive, packed, copied, chance, least = means
+    many = f"{slots[0]}" if len(slots) == 1 else f"{slots[0]} to {slots[-1]}"
     said = (
         f"On {options.gpus} GPUs the busiest has {naive:.2f} times the mean load, {packed:.2f} repacked, {copied:.2f} "
-        f"with copies in {slots} slots; by chance {chance:.2f}."
+        f"with copies in {many} slots; by chance {chance:.2f}."
     )
     if least > 1.02:
         said += f" Without copies nothing gets below {least:.2f}: one expert has more than a GPU's share."

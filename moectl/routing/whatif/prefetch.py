@@ -14,7 +14,7 @@ import numpy as np
 from moectl.errors import InputError
 from moectl.report.output import Cell
 from moectl.routing.placement.loads import halves
-from moectl.routing.whatif.asked import computing, computing_experts, require, require_numbers, with_mean
+from moectl.routing.whatif.asked import computing, computing_experts, require, require_numbers, require_share, with_mean
 from moectl.routing.whatif.finding import Curve, Finding
 from moectl.routing.whatif.guessing import lengths, markov, nearest, order, popular
 from moectl.traces.trace import NO_EXPERT, RoutingTrace
@@ -38,6 +38,7 @@ class Options:
 
     def __post_init__(self) -> None:
         require_numbers(self, "fetched", "target")
+        require_share(self, "target")
 
 
 def run(trace: RoutingTrace, options: Options) -> Finding:
@@ -66,7 +67,8 @@ def run(trace: RoutingTrace, options: Options) -> Finding:
     rows: list[tuple[Cell, ...]] = []
     for layer, (routed, ahead) in enumerate(zip(layers, fetched, strict=True)):
         at = min(ahead, len(held_C) - 1)
-        rows.append((routed.point.label, ahead, *(float(each[layer, at]) for each in recall_LC.values())))
+        least = _needed(recall_LC[MARKOV][layer], options.target)
+        rows.append((routed.point.label, ahead, *(float(each[layer, at]) for each in recall_LC.values()), least))
     needed = {name: _needed(each, options.target) for name, each in mean_C.items()}
     domains = {
         name: {
@@ -76,12 +78,13 @@ def run(trace: RoutingTrace, options: Options) -> Finding:
         for at, name in enumerate(trace.tokens.domains)
         if places[POPULAR][:, at].any()
     }
-    table = with_mean(rows)
+    *table, mean = with_mean(rows)
+    table.append((*mean[:-1], needed[MARKOV]))  # of all layers together, as in the curve
     return Finding(
         "prefetch",
-        _headline(table[-1], needed, options.target),
-        ("layer", "fetched", *recall_LC),
-        table,
+        _headline(table[-1], options.target),
+        ("layer", "fetched", *recall_LC, f"fetched for {options.target:.0%} by {MARKOV}"),
+        tuple(table),
         (_curve(mean_C),),
         (
             "Popularity, P(next | this) and matrices are counted on one half of the documents and judged on the other.",
@@ -172,11 +175,11 @@ def _needed(recall_C: np.ndarray, target: float) -> int | None:
     return int(enough[0]) if len(enough) else None
 
 
-def _headline(mean: tuple[Cell, ...], needed: Mapping[str, int | None], target: float) -> str:
-    _, fetched, chance, popularity, chained, near = mean
-    least = needed[MARKOV]
+def _headline(mean: tuple[Cell, ...], target: float) -> str:
+    _, fetched, chance, popularity, chained, near, least = mean
+    ahead = "one expert" if fetched == 1 else f"{fetched:g} experts"
     return (
-        f"Fetching {fetched:g} experts ahead of a layer gets {chained:.1%} of those it will take, by P(next | this); "
+        f"Fetching {ahead} ahead of a layer gets {chained:.1%} of those it will take, by P(next | this); "
         f"popularity gets {popularity:.1%}, MoE-Infinity's nearest matrix {near:.1%}, random ones {chance:.1%}. "
         f"{'No number gets' if least is None else f'It takes {least} to get'} {target:.0%}."
     )

@@ -106,7 +106,7 @@ def run(trace: RoutingTrace, options: Options) -> Finding:
         "pruning",
         _headline(with_mean(rows)[-1], domains, options, all(each.weight_TK is not None for each in trace.layers)),
         columns,
-        with_mean(rows),
+        (*with_mean(rows), *_domain_rows(domains)),
         (_curve(curves),),
         _assumptions(trace, options, len(names)),
         {
@@ -205,6 +205,14 @@ def _domains(names: Sequence[str], there_D: np.ndarray, lost_LD: np.ndarray, ski
     }
 
 
+def _domain_rows(domains: Mapping[str, Mapping[str, Any]]) -> list[tuple[Cell, ...]]:
+    return [
+        (f"domain {shown(name, 40)}", None, each["lost"], *[None] * 5, each["skipped"], None)
+        for name, each in domains.items()
+        if len(domains) > 1
+    ]
+
+
 def _matrix(of_LDD: list[np.ndarray], names: Sequence[str], there_D: np.ndarray) -> dict[str, dict[str, float]]:
     mean_DD, there = np.mean(of_LDD, axis=0), np.flatnonzero(there_D).tolist()
     return {names[i]: {names[j]: float(mean_DD[i, j]) for j in there} for i in there}
@@ -213,7 +221,7 @@ def _matrix(of_LDD: list[np.ndarray], names: Sequence[str], there_D: np.ndarray)
 def _headline(total: tuple[Cell, ...], domains: Mapping[str, Any], options: Options, weighed: bool) -> str:
     what = "combine weights" if options.by == "weight" and weighed else "assignments"
     text = (
-        f"Without the least used {options.removed:.0%} of the experts, {total[2]:.1%} of the {what} are lost (random "
+        f"Without the least used {total[3]:.0%} of the experts, {total[2]:.1%} of the {what} are lost (random "
         f"experts: {total[3]:.1%}), and {total[7]:.1%} of the tokens lose every expert"
     )
     if len(domains) > 1:

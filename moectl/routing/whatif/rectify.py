@@ -3,7 +3,7 @@
 Intra-GPU rectification sends a dropped assignment to the expert with the highest score on the GPU that its token is
 on, over that expert's capacity if need be: no byte travels for it. Fill-in rectification gives places that stay empty
 to the tokens for which the expert comes next after the chosen ones, the highest scores first.
-From the paper's abstract and figure 2; that several further choices are filled one after the other is from memory.
+From the paper's abstract and figure 2; that several further choices are filled, one after the other, goes beyond them.
 Legend: T tokens, K choices, E experts, p probabilities.
 """
 

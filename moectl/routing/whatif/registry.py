@@ -51,7 +51,7 @@ WHAT_IFS: tuple[WhatIf, ...] = (
         "dynamic",
         "What do shadowing, migration and prediction gain?",
         "dynamic",
-        papers=("PPoPP 2022", "2304.03946", "ATC 2023"),
+        papers=("PPoPP 2022", "2304.03946", "USENIX ATC 2023"),
     ),
     WhatIf("parallelism", "Which parallelism suits the loads?", "parallelism", papers=("2206.03382", "2201.05596")),
     WhatIf(

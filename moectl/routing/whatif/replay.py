@@ -1,29 +1,23 @@
 """The tokens of a trace routed again by other routers, from the scores that the model's own gave them.
 
 What a model would have *learnt* under another router is another question: its scores were trained under its own.
-Legend: T tokens, E experts, K choices, L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from math import exp
-from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
+from collections.abc import Sequence
 
 from moectl.errors import UsageError
 from moectl.report.output import Cell
-from moectl.routers.protocol import NO_EXPERT, Context, Routing, counts
 from moectl.routers.spelling import Named
-from moectl.routing.whatif.asked import mean, require, require_numbers
+from moectl.routing.whatif.asked import mean, require
 from moectl.routing.whatif.finding import Curve, Finding
+from moectl.routing.whatif.rerouting import LONGEST, Replayed, Settings, cut_documents, layer, own
 from moectl.spelling import filled
-from moectl.traces.information import entropy
-from moectl.traces.trace import Routed, RoutingTrace, Tokens
+from moectl.traces.trace import RoutingTrace
+
+REPLAYED = ("logits", "tokens", "tasks", "modalities", "nothing")
+"""What a choice may need; whose tasks or modalities those of a token are, the domain of its document says."""
 
 COLUMNS = (
     "router",
@@ -38,57 +32,6 @@ COLUMNS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How any router is replayed; written among its options.
-
-    Attributes:
-        training: as in training, with noise, balanced assignments and moving biases; else as in use.
-        batch_tokens: whose tokens are routed together: they share capacities and assignments. Documents are not cut,
-            unless they are longer.
-    """
-
-    training: bool = False
-    batch_tokens: int = 4096
-
-    def __post_init__(self) -> None:
-        require_numbers(self)
-
-
-@dataclass(frozen=True, slots=True)
-class Replayed:
-    """What a router did at one layer.
-
-    Attributes:
-        layer: its label.
-        load_E: assignments.
-        wanted, dropped: assignments before drops, and those that found no room.
-        overlap: of the model's experts of a token, the share that this router sends it to as well; mean over tokens.
-        chance: that overlap, had it drawn as many by a fair lot.
-        moved: half the sum of the differences of normalised weights: the share of the mixture that goes elsewhere; None
-            without the model's weights.
-    """
-
-    layer: str
-    load_E: np.ndarray
-    tokens: int
-    wanted: int
-    dropped: int
-    overlap: float
-    chance: float
-    moved: float | None
-
-    @property
-    def max_vio(self) -> float:
-        """By how much the largest load exceeds the mean, in means."""
-        return float(self.load_E.max() / self.load_E.mean() - 1) if self.load_E.any() else 0.0
-
-    @property
-    def effective(self) -> float:
-        """Experts, if they were equally loaded, of the same entropy."""
-        return exp(entropy(self.load_E))
-
-
 def replay(trace: RoutingTrace, routers: Sequence[Named], seed: int = 0) -> Finding:
     """Route all tokens again under each router, and compare with what the model did.
 
@@ -96,12 +39,16 @@ def replay(trace: RoutingTrace, routers: Sequence[Named], seed: int = 0) -> Find
         UsageError: a router needs what no trace holds, or its options make no sense for these experts.
         InputError: the trace has no scores.
     """
-    found = {"the model": [_own(routed) for routed in trace.layers]}
+    found = {"the model": [own(routed) for routed in trace.layers]}
+    in_pieces = 0
     for named in routers:
-        found[named.text] = _replayed(trace, named, seed)
+        settings, router = _settings(named)
+        require(trace, "replay", "scores")
+        found[named.text] = [layer(routed, trace.tokens, router, settings, seed) for routed in trace.layers]
+        in_pieces = max(in_pieces, cut_documents(trace.tokens, settings.batch_tokens))
     rows = tuple(_row(name, layers) for name, layers in found.items())
     labels = [routed.point.label for routed in trace.layers]
-    lines = {name: [layer.max_vio for layer in layers] for name, layers in found.items()}
+    lines = {name: [each.max_vio for each in layers] for name, layers in found.items()}
     x = list(map(float, range(len(labels))))
     return Finding(
         "replay",
@@ -112,6 +59,7 @@ def replay(trace: RoutingTrace, routers: Sequence[Named], seed: int = 0) -> Find
         (
             "The scores are what the model learnt under its own router: trained with another it would have others.",
             "Tokens of a batch share capacities and assignments; batches are of whole documents.",
+            *[_pieces(in_pieces)] * bool(in_pieces),
         ),
         {
             name: [
@@ -132,126 +80,26 @@ def replay(trace: RoutingTrace, routers: Sequence[Named], seed: int = 0) -> Find
     )
 
 
-def _replayed(trace: RoutingTrace, named: Named, seed: int) -> list[Replayed]:
-    own = ("training", "batch_tokens")
-    settings = filled(Settings, {key: text for key, text in named.given.items() if key in own}, "A replay")
-    rest = Named(named.entry, {key: text for key, text in named.given.items() if key not in own})
-    missing = [need for need in named.entry.needs if need not in ("logits", "tokens", "tasks", "nothing")]
+def _settings(named: Named) -> tuple[Settings, Named]:
+    """What is written among a router's options about the replay, and the router without it."""
+    about = {key: text for key, text in named.given.items() if key in ("training", "batch_tokens")}
+    missing = [need for need in named.entry.needs if need not in REPLAYED]
     if missing or named.entry.kind != "router":
         raise UsageError(
             f"The router {named.entry.name} cannot be replayed.",
             f"It needs {' and '.join(missing) or 'a model'}, which no trace holds.",
             "`moectl routers` lists what each needs; train with it instead: moectl train --router.",
         )
-    require(trace, "replay", "scores")
-    return [_layer(routed, trace.tokens, rest, settings, seed) for routed in trace.layers]
+    rest = {key: text for key, text in named.given.items() if key not in about}
+    return filled(Settings, about, "A replay"), Named(named.entry, rest)
 
 
-def _layer(routed: Routed, tokens: Tokens, named: Named, settings: Settings, seed: int) -> Replayed:
-    router = _made(named, routed, tokens)
-    reach = getattr(router, "reach", router.num_experts)
-    generator = torch.Generator().manual_seed(seed)
-    load_E = torch.zeros(reach, dtype=torch.int64)
-    wanted = dropped = 0
-    overlap = chance = moved = 0.0
-    for rows in batches(tokens, settings.batch_tokens):
-        context = Context(
-            training=settings.training,
-            token_T=torch.from_numpy(tokens.token_T[rows].astype(np.int64)),
-            sequence_T=torch.from_numpy((tokens.document_T[rows] - tokens.document_T[rows.start]).astype(np.int64)),
-            task_T=torch.from_numpy(tokens.domain_T[rows].astype(np.int64)),
-            generator=generator,
-        )
-        with torch.no_grad():
-            done: Routing = router.route(_logits(routed, rows), context)
-        load = counts(done.index_TK, reach)
-        load_E += load
-        if settings.training:
-            router.after_step(load)
-        wanted += int((done.index_TK != NO_EXPERT).sum() + done.dropped_TK.sum())
-        dropped += int(done.dropped_TK.sum())
-        model = torch.from_numpy(routed.index_TK[rows].astype(np.int64))
-        same_T, chance_T = _overlap(model, done.index_TK, reach)
-        overlap, chance = overlap + float(same_T.sum()), chance + float(chance_T.sum())
-        if routed.weight_TK is not None:
-            weight_TK = torch.from_numpy(routed.weight_TK[rows].astype(np.float32))
-            moved += float(_moved(model, weight_TK, done, max(reach, routed.point.num_experts)).sum())
-    count = max(len(tokens), 1)
-    moved_share = None if routed.weight_TK is None else moved / count
-    return Replayed(
-        routed.point.label, load_E.numpy(), count, wanted, dropped, overlap / count, chance / count, moved_share
+def _pieces(documents: int) -> str:
+    some = "1 document is" if documents == 1 else f"{documents} documents are"
+    return (
+        f"{some} longer than a batch and than {LONGEST:,} tokens, and routed in pieces: to a router that goes by "
+        "sequences, such as mone, each piece is one."
     )
-
-
-def _made(named: Named, routed: Routed, tokens: Tokens) -> Any:
-    """The router for a layer's experts; as many per token as the model's, but for those that are made for one."""
-    experts = routed.point.num_experts
-    kind = named.entry.load()
-    defaults = {"tasks": len(tokens.domains)}
-    if kind.Options().top_k > 1:
-        defaults["top_k"] = min(routed.point.top_k, experts)
-    try:
-        return kind(None, experts, named.options(**defaults)).eval()
-    except ValueError as error:
-        raise UsageError(
-            f"The router {named.text} cannot be replayed on {experts} experts.", str(error), "Change its options."
-        ) from error
-
-
-def batches(tokens: Tokens, most: int) -> Iterator[slice]:
-    """Tokens that are routed together: documents one after another while they fit; a longer one is cut."""
-    starts = np.flatnonzero(np.diff(tokens.document_T, prepend=-1)).tolist()
-    start, length = 0, len(tokens)
-    for end in [*starts[1:], length]:
-        while end - start > most:
-            cut = max((each for each in starts if start < each <= start + most), default=start + most)
-            yield slice(start, cut)
-            start = cut
-    if start < length:
-        yield slice(start, length)
-
-
-def _logits(routed: Routed, rows: slice) -> Tensor:
-    """Scores as logits [T, E]: of probabilities their logarithms, or log-odds where each stands for itself."""
-    assert routed.score_TE is not None
-    score_TE = torch.from_numpy(np.asarray(routed.score_TE[rows], np.float32))
-    if routed.point.score_kind == "logits":
-        return score_TE
-    if routed.point.scoring == "sigmoid":
-        return torch.logit(score_TE, eps=1e-6)
-    return score_TE.clamp(min=1e-9).log()
-
-
-def _overlap(model_TK: Tensor, index_TJ: Tensor, reach: int) -> tuple[Tensor, Tensor]:
-    """Which share of the model's experts of a token this router chose too, and what as many lots would have [T]."""
-    there_TK = model_TK != NO_EXPERT
-    same_TK = (model_TK[:, :, None] == index_TJ[:, None, :]).any(2) & there_TK
-    chosen_T = (index_TJ != NO_EXPERT).sum(1)
-    some_T = there_TK.any(1)
-    return same_TK.sum(1) / there_TK.sum(1).clamp(min=1), chosen_T / reach * some_T
-
-
-def _moved(model_TK: Tensor, weight_TK: Tensor, done: Routing, experts: int) -> Tensor:
-    """Half the sum of absolute differences of weights, each row normalised to 1 [T]; a row without any is nothing."""
-    parts = []
-    for index_TK, given_TK in ((model_TK, weight_TK), (done.index_TK, done.weight_TK)):
-        share_TE = torch.zeros(len(index_TK), experts)
-        kept_TK = given_TK.float().abs() * (index_TK != NO_EXPERT)
-        share_TE.scatter_add_(1, index_TK.clamp(min=0), kept_TK)
-        parts.append(share_TE / share_TE.sum(1, keepdim=True).clamp(min=1e-12))
-    return (parts[0] - parts[1]).abs().sum(1) / 2
-
-
-def _own(routed: Routed) -> Replayed:
-    """What the model itself did."""
-    index_TK = torch.from_numpy(routed.index_TK.astype(np.int64))
-    load_E = counts(index_TK, routed.point.num_experts).numpy()
-    tokens, there = len(index_TK), int((index_TK != NO_EXPERT).sum())
-    some = float((index_TK != NO_EXPERT).any(1).float().mean()) if tokens else 0.0
-    chance = there / max(tokens, 1) / routed.point.num_experts
-    places = index_TK.numel()
-    moved = None if routed.weight_TK is None else 0.0
-    return Replayed(routed.point.label, load_E, tokens, places, places - there, some, chance, moved)
 
 
 def _row(name: str, layers: Sequence[Replayed]) -> tuple[Cell, ...]:
@@ -270,7 +118,7 @@ def _row(name: str, layers: Sequence[Replayed]) -> tuple[Cell, ...]:
 
 
 def _headline(rows: Sequence[tuple[Cell, ...]]) -> str:
-    own, others = rows[0], rows[1:]
+    model, others = rows[0], rows[1:]
 
     def number(row: tuple[Cell, ...], column: str) -> float:
         value = row[COLUMNS.index(column)]
@@ -280,13 +128,13 @@ def _headline(rows: Sequence[tuple[Cell, ...]]) -> str:
         only = others[0]
         return (
             f"Under {only[0]} the busiest expert gets {number(only, 'max vio'):.0%} more than its share, under the "
-            f"model's own router {number(own, 'max vio'):.0%}. It makes {number(only, 'overlap'):.0%} of the model's "
+            f"model's own router {number(model, 'max vio'):.0%}. It makes {number(only, 'overlap'):.0%} of the model's "
             f"choices, {number(only, 'overlap by chance'):.0%} by chance."
         )
     even = min(others, key=lambda row: number(row, "max vio"))
     near = max(others, key=lambda row: number(row, "overlap") - number(row, "overlap by chance"))
     return (
         f"Of these, {even[0]} loads the experts most evenly: the busiest gets {number(even, 'max vio'):.0%} more than "
-        f"its share, under the model's own router {number(own, 'max vio'):.0%}. {near[0]} is nearest to what the model "
-        f"did: {number(near, 'overlap'):.0%} of its choices, {number(near, 'overlap by chance'):.0%} by chance."
+        f"its share, under the model's own router {number(model, 'max vio'):.0%}. {near[0]} is nearest to what the "
+        f"model did: {number(near, 'overlap'):.0%} of its choices, {number(near, 'overlap by chance'):.0%} by chance."
     )

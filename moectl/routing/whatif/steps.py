@@ -4,16 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from math import exp
 from typing import Any
 
+import numpy as np
+
+from moectl.routing.placement.packing import contiguous
+from moectl.routing.placement.placement import fair_loads, gpu_loads, imbalance
 from moectl.routing.whatif import all_to_all, cache, capacity, parallelism, placement
+from moectl.routing.whatif.asked import computing, computing_experts
 from moectl.routing.whatif.finding import Finding
 from moectl.routing.whatif.machine import Machine, Model
 from moectl.text import shown
-from moectl.traces.trace import RoutingTrace
+from moectl.traces.information import entropy
+from moectl.traces.trace import Routed, RoutingTrace
 
 WORTH = 0.02
 """Of the mean load: what a change must take off the busiest GPU, at least, to be worth its trouble."""
+
+MOST_FACTOR = 2.0
+"""A capacity factor above which most places are padding, and none is advised."""
+
+UNEVEN = 0.5
+"""Of the experts that even routers would keep equally busy: with fewer than this the router is looked at first."""
 
 TARGET = 0.9
 """Of the requests, how many are to find their expert in a cache."""
@@ -56,12 +69,13 @@ def memory(machine: Machine, model: Model, layers: int, most: int, expert_gb: fl
     if expert_gb is None or slots is None:
         room_mb = machine.gpu_memory_gb * (1 - machine.reserved) * 1e3 / (layers * each)
         text = (
-            f"A GPU holds {each} experts of each of {layers} layers. They fit in {free} if an expert takes "
+            f"A GPU holds {each} of the experts of each of {layers} layers. They fit in {free} if an expert takes "
             f"{_rounded(room_mb)} MB or less, with nothing beside them."
         )
         return Step("memory", text, f"{assumption}; the size of the weights is not known.", "moectl inspect MODEL")
     if slots * machine.gpus >= most:
-        text = f"The experts fit: {each} of a layer on each GPU, and there is room for {min(slots, most)}, in {free}."
+        room = f"all {most}" if slots >= most else slots
+        text = f"The experts fit: {each} of a layer on each GPU, and there is room for {room}, in {free}."
     else:
         text = (
             f"The experts do not fit: each GPU would hold {each} of a layer, and has room for {slots}, in {free}. Use "
@@ -75,6 +89,43 @@ def memory(machine: Machine, model: Model, layers: int, most: int, expert_gb: fl
     )
 
 
+def balance(trace: RoutingTrace, most: int) -> Step | None:
+    """What to look at first where loads are far from even; None where they are not."""
+    busy, fair, idle = [], [], []
+    for routed in trace.layers:
+        load_E = _loads(routed)
+        top_k = min(routed.point.top_k, len(load_E))
+        even_1E = fair_loads(round(int(load_E.sum()) / top_k), len(load_E), top_k, 1, np.random.default_rng(0))
+        busy.append(exp(entropy(load_E)))
+        fair.append(exp(entropy(even_1E[0].clip(0))))
+        idle.append(int((load_E == 0).sum()))
+    if np.mean(busy) >= UNEVEN * np.mean(fair):
+        return None
+    text = (
+        f"Look at the router and at the text first: the load of a layer is as uneven as if {np.mean(busy):.3g} of "
+        f"{most} experts had equal parts of all (even routers: {np.mean(fair):.3g}), and {np.mean(idle):.3g} of them "
+        "get nothing."
+    )
+    return Step(
+        "balance", text, "The text to come is as the trace's; else none of this holds.", "moectl analyze-routing TRACE"
+    )
+
+
+def _loads(routed: Routed) -> np.ndarray:
+    """Assignments to each expert [E]."""
+    index_TK, experts = computing(routed)
+    return np.bincount(index_TK[index_TK >= 0], minlength=experts)
+
+
+def unplaced(trace: RoutingTrace, gpus: int, *, equal: bool = False) -> float:
+    """The largest load of a GPU over the mean where experts stand by their numbers, of the trace's loads or equal ones.
+
+    The mean over layers.
+    """
+    loads = [np.ones(computing_experts(routed)) if equal else _loads(routed) for routed in trace.layers]
+    return float(np.mean([imbalance(gpu_loads(contiguous(len(load_E), gpus), load_E)) for load_E in loads]))
+
+
 def placed(trace: RoutingTrace, machine: Machine, spare: int) -> tuple[Step, Finding, dict[str, Any]]:
     tried = placement.run(trace, placement.Options(gpus=machine.gpus, replicas=0, nodes=machine.nodes))
     before, packed = tried.detail["imbalance"]["contiguous"], tried.detail["imbalance"]["repacked"]
@@ -85,7 +136,8 @@ def placed(trace: RoutingTrace, machine: Machine, spare: int) -> tuple[Step, Fin
         if count <= spare and value is not None
     }
     chance = tried.detail["imbalance"]["chance"]
-    worth = max(WORTH, chance - 1)  # a difference that chance makes is none
+    # A difference that chance makes is none: what it adds to what equal loads would come to.
+    worth = max(WORTH, chance - unplaced(trace, machine.gpus, equal=True))
     best = min([packed, *copied.values()])
     replicas = min((count for count, value in copied.items() if value <= best + worth), default=0)
     if before - best < worth:
@@ -96,10 +148,13 @@ def placed(trace: RoutingTrace, machine: Machine, spare: int) -> tuple[Step, Fin
         how, after = "replicated", copied[replicas]
     options = placement.Options(gpus=machine.gpus, replicas=replicas, nodes=machine.nodes)
     found = placement.run(trace, options)
+    if how == "replicated":  # slots that are left where GPUs do not divide experts are filled too
+        most = max(len(fitted) for fitted in found.detail["slots"])
+        replicas = most - max(len(load) for load in found.detail["loads"])
     if how == "contiguous":
         text = (
             f"Leave the experts where their numbers put them: the busiest of {machine.gpus} GPUs has {before:.2f} "
-            f"times the mean load, chance gives {chance:.2f}, and no other placement takes off {worth:.2g}."
+            f"times the mean load, chance gives {chance:.2f}, and no placement that was tried takes off {worth:.2g}."
         )
     else:
         copies = f", with {replicas} replicas in each layer" if replicas else ""
@@ -149,7 +204,7 @@ def cached(
     text = (
         f"Keep {held} of {most} experts of a layer in a cache on the GPUs (LRU): {rate:.1%} of the requests find "
         f"theirs, {null:.1%} by chance, and a token fetches {megabytes:.3g} MB, "
-        f"{'at most ' + format(ceiling, '.3g') + ' tokens/s' if ceiling else 'nothing'}. {enough}."
+        f"{'at most ' + _rounded(ceiling) + ' tokens/s' if ceiling else 'nothing'}. {enough}."
     )
     assumption = (
         f"Tokens are decoded one at a time; every GPU fetches {machine.host_gb_per_s:g} GB/s from its host, and "
@@ -162,18 +217,23 @@ def cached(
 def with_capacity(trace: RoutingTrace, machine: Machine) -> tuple[Step, Finding, float]:
     options = capacity.Options(gpus=machine.gpus)
     found = capacity.run(trace, options)
-    by_name = [dict(zip(found.columns, row, strict=True)) for row in found.rows]
-    factor = max(float(row["factor for under 1%"] or 0) for row in by_name[:-1])
-    mean = by_name[-1]
+    by_name = {row[0]: dict(zip(found.columns, row, strict=True)) for row in found.rows}
+    factor = max(float(row["factor for under 1%"] or 0) for row in by_name.values())
+    mean = by_name["mean"]
     dropped, by_chance = (float(mean[name] or 0) for name in ("dropped", "by chance"))
+    or_factor = (
+        f", or a factor of {factor:.3g}, which drops less than 1% in every layer"
+        if factor <= MOST_FACTOR
+        else f": a factor would have to be {factor:.3g} to drop less than 1% in every layer"
+    )
     text = (
-        f"Use an engine without a capacity, or a factor of {factor:.3g}, which drops less than 1% in every layer; at "
-        f"{options.factor:g} it is {dropped:.1%} ({by_chance:.1%} by chance)."
+        f"Use an engine without a capacity{or_factor}; at {options.factor:g} it is {dropped:.1%} ({by_chance:.1%} by "
+        "chance)."
     )
     return Step("capacity", text, found.assumptions[1], _command("capacity", options)), found, factor
 
 
-def traffic(trace: RoutingTrace, machine: Machine, model: Model) -> tuple[Step, Finding, float | None]:
+def traffic(trace: RoutingTrace, machine: Machine, model: Model, uneven: float) -> tuple[Step, Finding, float | None]:
     options = all_to_all.Options(
         gpus=machine.gpus,
         gpus_per_node=machine.gpus // machine.nodes,
@@ -183,10 +243,13 @@ def traffic(trace: RoutingTrace, machine: Machine, model: Model) -> tuple[Step, 
     where = "nodes" if machine.nodes > 1 else "GPUs"
     mean = dict(zip(found.columns, found.rows[-1], strict=True))
     there_and_back = 2 * len(trace.layers) * float(mean[f"kB to other {where}"] or 0)
-    ceiling = machine.link_gb_per_s * 1e6 / there_and_back if there_and_back else None
+    ceiling = machine.link_gb_per_s * 1e6 / there_and_back / uneven if there_and_back else None
     carries = "no link is needed"
     if ceiling:
-        carries = f"a GPU's {machine.link_gb_per_s:g} GB/s carry {_rounded(ceiling)} of its tokens a second at most"
+        carries = (
+            f"{machine.link_gb_per_s:g} GB/s carry {_rounded(ceiling)} tokens a second of every GPU at most, for the "
+            f"busiest takes {uneven:.2f} times the mean"
+        )
     met = mean["nodes" if machine.nodes > 1 else "GPUs"]
     by_chance = mean["nodes by chance" if machine.nodes > 1 else "GPUs by chance"]
     text = (
@@ -212,8 +275,10 @@ def mix(
         training=False,
     )
     found = parallelism.run(trace, options)
+    by_size = f"Width by the size of an expert, at {options.value_bytes:g} bytes a weight."
+    rests = " ".join((by_size, *found.assumptions[:2]))
     return (
-        Step("parallelism", found.headline, " ".join(found.assumptions[:2]), _command("parallelism", options)),
+        Step("parallelism", found.headline, rests, _command("parallelism", options)),
         found,
         found.detail["chosen"],
     )
