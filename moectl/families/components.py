@@ -11,7 +11,7 @@ COMPONENTS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("head", re.compile(r"lm_head|embed_out|\boutput\.weight$")),
     ("shared experts", re.compile(r"shared_expert|shared_mlp|shared_head\.mlp")),
     ("router", re.compile(r"router|\bgate\.(wg\.)?(weight|bias)$|e_score_correction_bias|expert_bias")),
-    ("experts", re.compile(r"experts?[._]|block_sparse_moe\.(input|output)_linear")),
+    ("experts", re.compile(r"(?<!pre_)(?<!post_)experts?[._]|\b(block_sparse_moe|mlp)\.(input|output)_linear")),
     ("norms", re.compile(r"norm|\bln_\w+|layer_?norm", re.IGNORECASE)),
     ("attention", re.compile(r"attn|attention|SelfAttention|EncDecAttention|\bconv\b|linear_attn|mamba|mixer")),
     ("dense FFN", re.compile(r"mlp|feed_forward|ffn|DenseReluDense|dense_h_to_4h|\bfc[12]\b")),
@@ -29,11 +29,16 @@ _TOP_K = (
     "num_experts_per_tok",
     "num_experts_per_token",
     "moe_topk",
+    "moe_top_k",
     "moe_k",
     "experts_per_token",
     "num_selected_experts",
+    "top_k_experts",
 )
 _FIXED_TOP_K = {"nllb-moe": 2, "switch_transformers": 1}
+ROUTED = "moectl_routed"
+"""The `model_type` of research checkpoints, whose config names one of our routers."""
+
 _BESIDE = ("mod", "soft-moe")
 """Routers beside which those of the family stay."""
 
@@ -60,6 +65,6 @@ def experts_and_top_k(config: Mapping[str, Any]) -> tuple[int | None, int | None
 
 
 def within(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The places of a config.json where a field may stand: itself, and the config inside it, of text or of a base."""
-    inside = (config.get(name) for name in ("text_config", "base_config"))
+    """The places of a config.json where a field may stand: itself, and configs inside it, of text, a base or FFNs."""
+    inside = (config.get(name) for name in ("text_config", "base_config", "ffn_config"))
     return [config, *(place for place in inside if isinstance(place, Mapping))]

@@ -8,14 +8,12 @@ from transformers import PreTrainedModel
 
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError
+from moectl.families.components import ROUTED
 from moectl.integrations.implementation import set_ours
 from moectl.text import escape
 
 CODED = "qmoe"
 """The `quant_method` of checkpoints whose experts are coded."""
-
-ROUTED = "moectl_routed"
-"""The `model_type` of research checkpoints."""
 
 
 def is_coded(checkpoint: Checkpoint) -> bool:

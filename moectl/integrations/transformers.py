@@ -35,7 +35,8 @@ from moe_kernels import expert_mlp
 from moe_kernels.ternary import ternary_mlp
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError
-from moectl.integrations.complete import ROUTED, from_pretrained
+from moectl.families.components import ROUTED
+from moectl.integrations.complete import from_pretrained
 from moectl.integrations.layout import arguments_of, has_post_norm, up_name
 from moectl.integrations.packing import pack, packed_of, refuse_gradients, unpack
 from moectl.integrations.qmoe.host import coded_experts

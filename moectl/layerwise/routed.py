@@ -1,40 +1,43 @@
 """A plan with another router: the same tensors but for those of the routers, as a research checkpoint.
 
 What a plan writes for a family is taken as it is. Where a router stood there are the parameters of the new one, drawn
-by torch as its paper has them, in a file of their own that the plan copies from.
+by torch as its paper has them when they are written.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moectl.checkpoint.card import inherited
-from moectl.checkpoint.expressions import Copy, Expression
-from moectl.checkpoint.plan import OutputTensor, Plan, planned
+from moectl.checkpoint.expressions import Copy, Expression, Made
+from moectl.checkpoint.plan import Make, OutputTensor, Plan, planned
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import UsageError
-from moectl.families.components import experts_and_top_k
-from moectl.integrations.complete import ROUTED
+from moectl.families.components import ROUTED, experts_and_top_k
 from moectl.integrations.routed.config import with_router
 from moectl.integrations.routed.install import check_fit, install
+from moectl.layerwise.active import active_of, shares_of
 from moectl.layerwise.loading import names_in_memory
 from moectl.layerwise.quiet import quiet
 from moectl.routers.registry import Entry, find
 from moectl.routers.spelling import Named, parse
 from moectl.text import escape
+
+_DTYPES = {torch.float32: "F32", torch.int64: "I64", torch.bool: "BOOL"}
+"""Of what routers hold: torch's types and safetensors' names of them."""
 
 FROM_CONFIG = {"groups": "n_group", "top_groups": "topk_group", "scale": "routed_scaling_factor"}
 """Options whose default is the model's own where its family has them, and what its config calls them."""
@@ -122,10 +125,10 @@ def check_unrouted(config: Mapping[str, Any]) -> None:
         )
 
 
-def routed_plan(plan: Plan, text: str, place: Path, seed: int = 0) -> Plan:
-    """The plan with another router, whose parameters are written to `place`/routers.safetensors and copied from there.
+def routed_plan(plan: Plan, text: str, seed: int = 0) -> Plan:
+    """The plan with another router, whose parameters are drawn by the seed.
 
-    A gate of the same shape as the family's begins as that one does; everything else is drawn, by the seed.
+    A gate of the same shape as the family's begins as that one does.
 
     Raises:
         InputError: the model has no MoE layers, or their routers cannot be replaced.
@@ -141,27 +144,27 @@ def routed_plan(plan: Plan, text: str, place: Path, seed: int = 0) -> Plan:
     targets = names_in_memory(base, [tensor.name for tensor in plan.tensors])
     added = {name: value for name, value in after.items() if name not in before}
     kept = _kept_gates(plan.tensors, targets, before, added)
-    place.mkdir(parents=True, exist_ok=True)
-    file = place / "routers.safetensors"
-    work = file.with_suffix(f".{os.getpid()}")  # several workers may be at it, all with the same bytes
-    save_file({name: value for name, value in _drawn(parts, seed) if name not in kept}, work)
-    work.rename(file)
-    sources = (*plan.sources, Checkpoint.of_file(file))
     tensors = [tensor for tensor in plan.tensors if targets[tensor.name] not in before.keys() - after.keys()]
     for name, value in sorted(added.items()):
         on_disk = next(iter(revert_weight_conversion(routed, {name: value})))
-        drawn = Copy(name, len(sources) - 1)
-        tensors.append(planned(on_disk, kept.get(name, drawn), sources, "F32" if name in kept else None))
+        group = next(part for part in parts if name.startswith(f"{part}."))
+        dtype = "F32" if name in kept else _DTYPES[value.dtype]
+        drawn = Made(name, group, dtype, tuple(value.shape))
+        tensors.append(planned(on_disk, kept.get(name, drawn), plan.sources, dtype))
+    written = json.loads(with_router(config, **router).to_json_string())
+    shares = shares_of(written, {tensor.name: tensor.shape for tensor in tensors})
+    sizes = {tensor.name: math.prod(tensor.shape) for tensor in tensors if shares.is_parameter(tensor.name)}
     return replace(
         plan,
-        sources=sources,
         tensors=tuple(tensors),
         recipe={**plan.recipe, "router": router, "router_seed": seed},
-        config=json.loads(with_router(config, **router).to_json_string()),
+        config=written,
+        make=_drawing(parts, seed),
         files={"README.md": card(plan.sources[0], router)},
         facts={
             **plan.facts,
-            "parameters": sum(value.numel() for value in after.values()),
+            "parameters": sum(sizes.values()),
+            "active_parameters": None if (active := active_of(shares, sizes)) is None else math.floor(active),
             "router": router["name"],
             "exact": False,
         },
@@ -229,11 +232,14 @@ def _kept_gates(
     return kept
 
 
-def _drawn(parts: Mapping[str, Callable[[], nn.Module]], seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of new modules, by name; each module's follow from the seed and its own name."""
-    for name, make in parts.items():
+def _drawing(parts: Mapping[str, Callable[[], nn.Module]], seed: int) -> Make:
+    """What draws the parameters and buffers of a new module; each module's follow from the seed and its own name."""
+
+    @lru_cache(maxsize=1)
+    def drawn(name: str) -> dict[str, np.ndarray[Any, Any]]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big"))
-            module = make()
-        for leaf, value in module.state_dict().items():
-            yield f"{name}.{leaf}", value.contiguous()
+            module = parts[name]()
+        return {f"{name}.{leaf}": value.numpy() for leaf, value in module.state_dict().items()}
+
+    return drawn

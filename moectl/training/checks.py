@@ -52,14 +52,20 @@ def check(
 
 
 def _check_routed(source: Checkpoint, recipe: TrainRecipe) -> None:
-    """Refuse what a research checkpoint cannot be given. Its balancing loss is its router's, whatever the recipe's."""
+    """Refuse what a research checkpoint cannot be given: its losses are its router's."""
     if recipe.router is not None:
         check_unrouted(source.config)
-    router = source.config["router"]["name"]
-    for name in ("z_loss", "bias_update"):
-        if getattr(recipe, name) and replaces_all(find(router)):
+    router = source.config["router"]
+    if not replaces_all(find(router["name"])):
+        return
+    for name, own in (("aux_loss", "aux_loss"), ("z_loss", "z_loss"), ("bias_update", "bias_rate")):
+        if getattr(recipe, name):
+            option = f"--{name.replace('_', '-')}"
+            value = router["options"].get(own)
+            stated = "" if value is None else f": {own} is {value}"
+            anew = "" if value is None else f", or begin anew with --router {router['name']}:{own}=VALUE"
             raise UsageError(
-                f"--{name.replace('_', '-')} is for a family's own router, and the model is routed by {router}.",
-                "A router has the losses and biases of its paper; their coefficients are in the checkpoint.",
-                f"Leave --{name.replace('_', '-')} out.",
+                f"{option} is for a family's own router, and the model is routed by {router['name']}.",
+                f"A router has the losses and biases of its paper; their coefficients are in the checkpoint{stated}.",
+                f"Leave {option} out{anew}.",
             )

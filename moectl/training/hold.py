@@ -37,16 +37,11 @@ def claimed(root: Path, fingerprint: str, recipe: TrainRecipe, world: World) -> 
     Raises:
         UsageError: it is another's, or another process trains into it.
     """
-    problem, lock = None, None
-    if world.is_main:
-        try:
+    lock = None
+    with world.agreed():
+        if world.is_main:
             lock = _claim(root, fingerprint, recipe)
-        except UsageError as error:
-            problem = error
-    refused = world.any(problem is not None)
     try:
-        if refused:
-            raise problem or UsageError(f"{escape(str(root))} cannot be trained into.", "", "See the first process.")
         yield
     except BaseException:
         if lock is not None and not _is_begun(root):

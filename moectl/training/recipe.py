@@ -38,7 +38,8 @@ class TrainRecipe:
         router_rate: learning rate of the router; None for that of the rest.
         min_rate: where a cosine ends, as a share of the peak.
         only: what is trained, one of `parameters.ONLY`.
-        aux_loss, z_loss: what the balancing loss and the z-loss of every MoE layer are multiplied with.
+        aux_loss, z_loss: what the balancing loss and the z-loss of every layer whose router is the family's own are
+            multiplied with; an `aux_loss` of None is 0.01, and right for models without such layers too.
         bias_update: step of the selection biases, in families that have them.
         router: what takes the place of the family's router, NAME[:OPTION=VALUE,...]; it brings its own losses.
         dtype: what matrix products are computed in (autocast); weights and optimiser are float32 either way.
@@ -59,7 +60,7 @@ class TrainRecipe:
     clip: float = 1.0
     only: str = "all"
     freeze_experts: bool = False
-    aux_loss: float = 0.01
+    aux_loss: float | None = None
     z_loss: float = 0.0
     bias_update: float = 0.0
     router: str | None = None
@@ -119,6 +120,11 @@ class TrainRecipe:
                 f"It is the batch of {self.batch_size} in {self.accumulate} part(s), and each process takes as many.",
                 f"Give a --batch-size that is a multiple of {size * self.accumulate}.",
             )
+
+    @property
+    def balance(self) -> float:
+        """What the balancing loss is multiplied with."""
+        return 0.01 if self.aux_loss is None else self.aux_loss
 
     @property
     def micro_batch(self) -> int:

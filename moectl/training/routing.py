@@ -1,7 +1,8 @@
 """Training with a router of `moectl.routers`: making the model that has it, watching it, and saving what comes out.
 
 The model is made as a research checkpoint beside the training's own checkpoints, and trained from there like any other.
-A router sees the tokens of one micro-batch of one process; what it counts for its next step is counted over all.
+A router sees the tokens of one micro-batch of one process; what it counts for its next step is counted over all, and
+MiniMax-01's shares its room with the other processes (`moectl.routers.processes`).
 
 Shapes: T tokens, D hidden, E experts, K choices; L layers with routers.
 """
@@ -42,9 +43,9 @@ def routed_source(source: Source, recipe: TrainRecipe, root: Path, world: World)
     if recipe.router is None or isinstance(source, Adapter):
         return source
     target = root / "routed"
-    if world.is_main and not target.exists():
-        write(routed_plan(plan_of(source), recipe.router, root / "statistics", recipe.seed), target)
-    world.barrier()
+    with world.agreed():
+        if world.is_main and not target.exists():
+            write(routed_plan(plan_of(source), recipe.router, recipe.seed), target)
     return Checkpoint.open(target)
 
 
@@ -92,12 +93,14 @@ class RoutedWatch:
     Attributes:
         blocks: the layers that are watched.
         loss: what the routers of the last pass ask for, coefficients applied.
+        consistency: what the disagreement of two passes is multiplied with (THOR); 0: there is one pass.
     """
 
     def __init__(self, blocks: list[MoeBlock]) -> None:
         self.blocks = blocks
         self.routers = [block.router for block in blocks if isinstance(block.router, Held)]
-        self.loss: Tensor | None = None
+        self.loss = torch.zeros(())
+        self.consistency = max(getattr(router.router.options, "consistency", 0.0) for router in self.routers)
         others = blocks[: len(blocks) - len(self.routers)]
         self._others = RouterWatch(others) if others else None
 

@@ -114,18 +114,21 @@ def train(
         MachineError: another process was lost, or a tracker is not installed or cannot begin.
         UsageError: `out` overlaps a source, it or its partial output is another command's or in use, or an option is
             not meant for this model.
+        SaidElsewhere: another process raises one of these.
     """
-    check(source, recipe, world.size, expert_parallel=expert_parallel, log_to=log_to)
     reporting = reporting or Reporting()
     started = perf_counter()
     out = Path(os.path.normpath(out.absolute()))
-    for one in sources_of(source):
-        check_apart(out, one.path)
     root = partial_of(out)
-    fingerprint = recipe.fingerprint(*sources_of(source))
-    if is_occupied(out) and not overwrite:
-        if fingerprint_of(out) != fingerprint:
+    with world.agreed():
+        check(source, recipe, world.size, expert_parallel=expert_parallel, log_to=log_to)
+        for one in sources_of(source):
+            check_apart(out, one.path)
+        fingerprint = recipe.fingerprint(*sources_of(source))
+        complete = is_occupied(out) and not overwrite
+        if complete and fingerprint_of(out) != fingerprint:
             raise exists_error(out)
+    if complete:
         if world.is_main:
             discard(root, fingerprint)
         return Outcome(out, recipe.steps, 0.0, already=True)
@@ -175,8 +178,9 @@ class Run:
         self.adapter = source if isinstance(source, Adapter) else None
         base = sources_of(source)[0]
         # First: that there is no tokenizer or no such file should not take the time to load a model to say.
-        encoding = load_encoding(base, chat=recipe.has_chat)
-        self.spans = load_spans(base)
+        with world.agreed():
+            encoding = load_encoding(base, chat=recipe.has_chat)
+            self.spans = load_spans(base)
         self.checkpoints = Checkpoints(root / "checkpoints", world, keep=keep, trained_only=self.adapter is not None)
         self.step, places = self.checkpoints.where()
         self.places = places or [BEGINNING] * len(recipe.parts)

@@ -19,6 +19,7 @@ from torch.nn.utils import get_total_norm
 from moectl.routers.bias import step_towards_mean
 from moectl.routers.losses import balance, z_loss
 from moectl.routers.protocol import wide
+from moectl.routers.thor import consistency
 from moectl.training.pesc import PescWatch
 from moectl.training.recipe import TrainRecipe
 from moectl.training.routers import RouterWatch
@@ -109,19 +110,30 @@ class Step:
         return value
 
     def _micro_batch(self, inputs: dict[str, Tensor], target_BL: Tensor, count: float) -> tuple[Tensor, Tensor | None]:
-        kind = self.world.device.type
-        with torch.autocast(kind, torch.bfloat16, enabled=self.recipe.dtype == "bfloat16"):
-            logits_BLV = self.model(**inputs, use_cache=False).logits
-        logits_TV, target_T = logits_BLV[:, :-1].flatten(0, 1).float(), target_BL[:, 1:].flatten()
-        loss = cross_entropy(logits_TV, target_T, ignore_index=IGNORED, reduction="sum") / count
+        target_T = target_BL[:, 1:].flatten()
+        logits_TV, loss = self._predicted(inputs, target_T, count)
         aux, z, load_LE = self._router_losses()
-        own = self.watch.loss if isinstance(self.watch, RoutedWatch) else None
-        total = loss + self.recipe.aux_loss * aux + self.recipe.z_loss * z
-        total, aux = (total, aux) if own is None else (total + own, own)
+        total = loss + self.recipe.balance * aux + self.recipe.z_loss * z
+        if isinstance(self.watch, RoutedWatch):
+            own = self.watch.loss
+            if self.watch.consistency:
+                again_TV, other = self._predicted(inputs, target_T, count)
+                self.watch.take()
+                apart_T = consistency(logits_TV, again_TV) * (target_T != IGNORED)
+                own = own + self.watch.loss + other + self.watch.consistency * apart_T.sum() / count
+            total, aux = total + own, own
         (total / self.recipe.accumulate).backward()
         zero = loss.new_zeros(())
         parts = torch.stack([(part if isinstance(part, Tensor) else zero).detach() for part in (loss, aux, z)])
         return parts.double(), load_LE
+
+    def _predicted(self, inputs: dict[str, Tensor], target_T: Tensor, count: float) -> tuple[Tensor, Tensor]:
+        """Logits `[T, V]` of a pass, and its loss."""
+        kind = self.world.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=self.recipe.dtype == "bfloat16"):
+            logits_BLV = self.model(**inputs, use_cache=False).logits
+        logits_TV = logits_BLV[:, :-1].flatten(0, 1).float()
+        return logits_TV, cross_entropy(logits_TV, target_T, ignore_index=IGNORED, reduction="sum") / count
 
     def _router_losses(self) -> tuple[Any, Any, Tensor | None]:
         """Balancing loss and z-loss, each summed over the layers, and the assignments of all processes `[L, E]`."""
@@ -132,7 +144,7 @@ class Step:
         aux: Any = 0.0
         z: Any = 0.0
         # What is not switched on is measured all the same, but without a graph.
-        with torch.set_grad_enabled(bool(self.recipe.aux_loss)):
+        with torch.set_grad_enabled(bool(self.recipe.balance)):
             for logits_TE, load_E in zip(logits, load_LE, strict=False):  # routers of ours come after, without logits
                 aux = aux + balance(wide(logits_TE).softmax(-1), load_E[: logits_TE.shape[-1]])
         with torch.set_grad_enabled(bool(self.recipe.z_loss)):

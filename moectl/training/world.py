@@ -1,12 +1,14 @@
 """The processes of one training: their rank, their device, and the few things they say to each other.
 
 One process needs no launcher. Under `torchrun` the model is sharded over all of them with FSDP2 (`fully_shard`) and
-each takes its slice of every batch. The one file that calls torch.distributed, but for checkpoints.
+each takes its slice of every batch. The one file that calls torch.distributed, but for checkpoints and for what routers
+count over all processes (`moectl.routers.processes`).
 """
 
 from __future__ import annotations
 
-import os
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +17,16 @@ from datetime import timedelta
 import torch
 from torch import Tensor, distributed, nn
 
-from moectl.errors import MachineError, UsageError
+from moectl.errors import MachineError, MoectlError, SaidElsewhere, UsageError
+from moectl.launched import local_rank, rank_and_size
 from moectl.text import escape, reason
 
 PATIENCE = timedelta(hours=4)
 """How long processes wait for one another, as all do while the first one writes the output. NCCL's ten minutes are too
 short for that with a large model; a process that ended is noticed at once either way."""
+
+COURTESY = 2.0
+"""Seconds that a process which says nothing leaves to the one that says why all of them end."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,27 @@ class World:
     def any(self, flag: bool) -> bool:
         """Whether any process says so."""
         return bool(self.sum(torch.tensor(int(flag), device=self.device)).item()) if self.size > 1 else flag
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """What fails in one process fails in all of them, of which one says why: the first that failed by itself.
+
+        Inside the processes may not speak to each other: those that fail would be waited for in vain.
+
+        Raises:
+            SaidElsewhere: in the others.
+        """
+        problem = None
+        try:
+            yield
+        except MoectlError as error:
+            problem = error
+        code_P = torch.zeros(self.size, dtype=torch.int64, device=self.device)
+        code_P[self.rank] = problem.exit_code if problem else 0
+        codes = self.sum(code_P).tolist()
+        speaker = next((rank for rank, code in enumerate(codes) if code), None)
+        if speaker is not None:
+            raise problem if problem and speaker == self.rank else SaidElsewhere(codes[speaker])
 
     def barrier(self) -> None:
         """Wait for all."""
@@ -73,8 +100,8 @@ def joined(device: str) -> Iterator[World]:
         MachineError: the device is not there, or another process was lost or not found.
         UsageError: the device is no device.
     """
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    chosen = _device(device, int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else None)
+    rank, size = rank_and_size()
+    chosen = _device(device, local_rank() if size > 1 else None)
     if size == 1:
         yield World(0, 1, chosen)
         return
@@ -90,6 +117,11 @@ def joined(device: str) -> Iterator[World]:
         ) from error
     try:
         yield World(rank, size, chosen)
+    except SaidElsewhere:
+        # torchrun ends all of them when one has ended, so the one that says why has to be the first.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(COURTESY)
+        raise
     except RuntimeError as error:
         if not any(word in str(error).lower() for word in ("gloo", "nccl", "connection")):
             raise

@@ -133,6 +133,27 @@ def test_only_what_is_needed_is_decoded(mixtral: Path, monkeypatch: pytest.Monke
         assert len(seen) == 6
 
 
+@pytest.mark.parametrize(("kind", "needed"), [("jetmoe", 2), ("llama4_text", 1)])
+def test_families_that_name_no_choice_decode_no_more(
+    kind: str, needed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JetMoE's experts are told how many rows each has, Llama 4's are all given all rows, zeros but for the chosen."""
+    coded = write_coded(tiny_moe(kind, num_experts_per_tok=needed), tmp_path)
+    model, plain = ours.load(coded), plain_of(coded)
+    assert same(output(model), output(plain))
+    seen: list[int] = []
+    decode = ternary.decode
+
+    def counted(experts: Any, which: Tensor, out: Tensor | None = None) -> Tensor:
+        seen.append(len(which[which >= 0]))
+        return decode(experts, which, out)
+
+    monkeypatch.setattr(ternary, "decode", counted)
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[5]]))
+    assert set(seen) == {needed}
+
+
 def test_a_compiled_model_computes_the_same(mixtral: Path) -> None:
     model = ours.load(mixtral)
     expected = output(model)

@@ -71,7 +71,7 @@ def loaded() -> Iterator[dict[str, dict[str, Any]]]:
             recipe = RECIPES[number % len(RECIPES)]
             job = Job.of(Checkpoint.open(root / "source" / kind), recipe, Calibration(data=("random",)))
             paths = job.run(root / "work" / kind, lambda _said: None, lambda _share: None)
-            write(job.plan(paths), root / kind)
+            write(job.plan(paths)[0], root / kind)
         command = [sys.executable, "-W", "ignore", "-c", LOADING, str(root)]
         said = subprocess.run(command, input="\n".join(KINDS), text=True, check=True, stdout=subprocess.PIPE).stdout
         yield {each["kind"]: each for each in map(json.loads, said.splitlines())}

@@ -50,7 +50,7 @@ def made(mixtral: Path) -> Path:
 
 def routed(source: Path, router: str, seed: int = 0) -> Path:
     out = source.with_name(f"{source.name}-{router.replace(':', '-')}-{seed}")
-    write(routed_plan(plan_of(Checkpoint.open(source)), router, out.with_name(f"{out.name}.statistics"), seed), out)
+    write(routed_plan(plan_of(Checkpoint.open(source)), router, seed), out)
     return out
 
 
@@ -183,14 +183,23 @@ def test_a_dense_model_is_upcycled_with_a_router(tmp_path: Path) -> None:
     ]
     done = CliRunner().invoke(app, command, catch_exceptions=False)
     assert done.exit_code == 0 and done.stdout.strip() == str(tmp_path / "out")
-    assert "not causal" in done.stderr
+    assert "not causal" in done.stderr and sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out"]
     plain = plan_sparse(Checkpoint.open(dense), SparseRecipe(experts=4))
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert len(found) == len(plain.tensors)
     model = load(tmp_path / "out")
     assert model.config.router["name"] == find("expert-choice").name and model.config.router["options"]["top_k"] == 2
-    found = CliRunner().invoke(app, ["inspect", str(tmp_path / "out"), "--json"]).stdout
-    assert {"experts": 4, "top_k": 2, "layers": 2}.items() <= json.loads(found).items()
+    found = json.loads(CliRunner().invoke(app, ["inspect", str(tmp_path / "out"), "--json"]).stdout)
+    assert {"experts": 4, "top_k": 2, "layers": 2}.items() <= found.items()
+    for router, share in (("switch", 1), ("adaptive-mixtures", 4), ("top-p", None)):
+        asked = [*command[:6], router, *command[7:], "--dry-run", "--json"]
+        planned = json.loads(CliRunner().invoke(app, asked, catch_exceptions=False).stdout)
+        idle = (2 - share) * (found["parameters"] - found["active_parameters"]) // 2 if share else 0
+        active = found["active_parameters"] - idle
+        assert planned["active_parameters"] == (None if share is None else active), router
+    asked = [*command[:6], "top-p", *command[7:], "--overwrite"]
+    assert "active" not in CliRunner().invoke(app, asked, catch_exceptions=False).stderr
+    assert CliRunner().invoke(app, [*command, "--overwrite"]).exit_code == 0
     assert CliRunner().invoke(app, ["verify", str(tmp_path / "out")]).exit_code == 0
 
 

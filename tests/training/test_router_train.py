@@ -17,7 +17,7 @@ import tiny_training as models
 import torch
 from tiny_routed import trained
 from tiny_training import ONE
-from torch.nn.functional import normalize
+from torch.nn.functional import kl_div, nll_loss, normalize
 from transformers import AutoModelForCausalLM
 
 from moectl.checkpoint.source import Checkpoint
@@ -31,8 +31,9 @@ from moectl.training.checks import check
 from moectl.training.metrics import read_metrics
 from moectl.training.model import load_model
 from moectl.training.preview import preview
-from moectl.training.routing import RoutedWatch, routed_blocks
+from moectl.training.routing import RoutedWatch, routed_blocks, routed_source
 from moectl.training.run import Reporting, train
+from moectl.training.step import Step
 
 NAMED = [  # those of the comparison in benchmarks/routers.py, but for soft-moe, which needs an encoder
     "noisy-top-k",
@@ -158,14 +159,15 @@ def test_an_interruption_changes_no_bit(moe: Path, data: tuple[str, str], tmp_pa
 
 def test_a_trained_router_goes_on(moe: Path, data: tuple[str, str], tmp_path: Path) -> None:
     once = trained(moe, tmp_path / "once", data, "switch")
-    twice = trained(once, tmp_path / "twice", data, None, aux_loss=0.0, z_loss=0.0)
+    twice = trained(once, tmp_path / "twice", data, None, z_loss=0.0)
     assert routed.config(twice)["router"] == routed.config(once)["router"]
     assert not models.equal(once, twice)
     with pytest.raises(UsageError, match="routed by switch already"):
         trained(once, tmp_path / "other", data, "mixtral")
-    for name in ("z_loss", "bias_update"):
-        with pytest.raises(UsageError, match="the model is routed by switch"):
-            trained(once, tmp_path / "other", data, None, **{"aux_loss": 0.0, "z_loss": 0.0, name: 0.1})
+    for name, fix in (("aux_loss", "--router switch:aux_loss=VALUE"), ("z_loss", "out."), ("bias_update", "out.")):
+        with pytest.raises(UsageError, match="the model is routed by switch") as refused:
+            trained(once, tmp_path / "other", data, None, **{"z_loss": 0.0, name: 0.1})
+        assert fix in refused.value.fix
     with pytest.raises(UsageError, match="routed by switch already"):
         check(Checkpoint.open(once), models.recipe(data, router="mixtral", aux_loss=0.0, z_loss=0.0), 1)
     recipe = models.recipe(data, aux_loss=0.0, z_loss=0.0, only="router")
@@ -176,9 +178,6 @@ def test_a_trained_router_goes_on(moe: Path, data: tuple[str, str], tmp_path: Pa
 def test_the_loss_of_a_router_is_what_trains_it(moe: Path, data: tuple[str, str], tmp_path: Path) -> None:
     """The gradient of a step is that of the language model's loss plus the routers' own, by one backward pass."""
     recipe = models.recipe(data, accumulate=1, router="switch:jitter=0", aux_loss=0.0, z_loss=0.0)
-    from moectl.training.routing import routed_source
-    from moectl.training.step import Step
-
     source = routed_source(Checkpoint.open(moe), recipe, tmp_path, ONE)
     assert isinstance(source, Checkpoint)
     model = load_model(source)
@@ -195,6 +194,32 @@ def test_the_loss_of_a_router_is_what_trains_it(moe: Path, data: tuple[str, str]
     for (name, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(one.grad, two.grad, rtol=1e-3, atol=1e-6, msg=name)
     assert found.load is not None and found.load.sum(1).tolist() == [each.load_E.sum() for each in seen if each]
+
+
+def test_two_draws_of_thor_are_held_together(moe: Path, data: tuple[str, str], tmp_path: Path) -> None:
+    """CE of both passes and the mean of both divergences, of what is learnt alone, by PyTorch's own functions."""
+    recipe = models.recipe(data, accumulate=1, router="thor:consistency=3", z_loss=0.0)
+    source = routed_source(Checkpoint.open(moe), recipe, tmp_path, ONE)
+    assert isinstance(source, Checkpoint)
+    model = load_model(source)
+    other = copy.deepcopy(model)
+    batch, learnt = ids(32), torch.ones(2, 32, dtype=torch.bool)
+    learnt[0, :20] = False
+    torch.manual_seed(1)
+    found = Step(model, RoutedWatch(routed_blocks(model)), recipe, ONE).gradients(batch, learnt)
+
+    torch.manual_seed(1)
+    p, q = (other(batch, use_cache=False).logits[:, :-1][learnt[:, 1:]].log_softmax(-1) for _ in range(2))
+    one, two = (nll_loss(each, batch[:, 1:][learnt[:, 1:]]) for each in (p, q))
+    apart = (
+        kl_div(q, p, reduction="batchmean", log_target=True) + kl_div(p, q, reduction="batchmean", log_target=True)
+    ) / 2
+    assert apart > 1e-3, "two draws differ"
+    (one + two + 3 * apart).backward()
+    assert found.loss == pytest.approx(one.item(), rel=1e-5)
+    assert found.aux == pytest.approx((two + 3 * apart).item(), rel=1e-5)
+    for (name, mine), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
 def test_routers_see_the_tokens_of_their_sequences(moe: Path, tmp_path: Path) -> None:
@@ -214,7 +239,7 @@ def test_routers_see_the_tokens_of_their_sequences(moe: Path, tmp_path: Path) ->
 def routed_model(source: Path, place: Path, router: str) -> Any:
     from moectl.checkpoint.writer import write
 
-    write(routed_plan(plan_of(Checkpoint.open(source)), router, place / "statistics"), place / "routed")
+    write(routed_plan(plan_of(Checkpoint.open(source)), router), place / "routed")
     return load(place / "routed").eval()
 
 
@@ -312,14 +337,15 @@ def test_losses_of_the_family_are_refused_beside_a_router(data: tuple[str, str])
     replace(recipe, aux_loss=0.01, router="mod").check()  # whose MoE layers keep the family's
 
 
-def test_two_processes_train_a_router(moe: Path, data: tuple[str, str], tmp_path: Path) -> None:
-    """Sharded over two processes: the state of the routers is the same in both, and counted over both."""
+def test_two_processes_that_are_refused_say_so_once(data: tuple[str, str], tmp_path: Path) -> None:
+    """A dense model has no routers to replace, which the first process finds out while the other one waits."""
+    dense = models.save_dense(tmp_path / "dense")
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("-m", "moectl", "train", str(moe), "--router", "loss-free:k=2,bias_rate=0.5", "--data", data[0]),
+        *("-m", "moectl", "train", str(dense), "--router", "switch", "--data", data[0]),
         *("--steps", "1", "--batch-size", "4", "--seq-len", "32", "--device", "cpu", "-o", str(tmp_path / "out")),
     ]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    biases = [value for name, value in models.tensors(tmp_path / "out").items() if name.endswith("router.bias")]
-    assert len(biases) == 2 and all(set(bias.tolist()) <= {-0.5, 0.0, 0.5} and bias.any() for bias in biases)
+    assert re.findall(r"^error: (.*)", done.stderr, re.MULTILINE) == ["LlamaForCausalLM has no MoE layers."]
+    assert set(re.findall(r"exitcode +: (-?[0-9]+)", done.stderr)) == {str(InputError.exit_code)}, done.stderr
+    assert not list(tmp_path.glob("out*"))

@@ -89,6 +89,23 @@ def test_two_processes_compute_the_same_step_and_resume(tmp_path: Path) -> None:
         difference = (alone[name].double() - tensor.double()).norm() / tensor.double().norm()
         assert difference <= 1e-6, (name, difference)
 
+    assert found["room"]["apart"] == found["room"]["whole"] and any(map(any, found["room"]["whole"]))
+    for router, accumulate in models.COUNTING.items():
+        out = tmp_path / models.named(router)
+        alone_out = out.with_name(f"{out.name}-alone")
+        train(Checkpoint.open(moe), models.routed_recipe(data, router, accumulate), alone_out, ONE)
+        check_alike(models.tensors(out), models.tensors(alone_out), router)
+
+
+def check_alike(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], router: str) -> None:
+    """What moved by counts alone is the same to the bit, all else to the rounding of sums."""
+    assert found.keys() == expected.keys()
+    counted = {name for name in found if name.endswith(("router.bias", "router.coefficient"))}
+    assert bool(counted) == router.startswith(("deepseek", "remoe"))
+    for name, tensor in found.items():
+        close = 0.0 if name in counted else 1e-5
+        assert (tensor.double() - expected[name].double()).norm() <= close * expected[name].double().norm(), name
+
 
 def test_a_lost_process_ends_the_run_and_is_named(tmp_path: Path) -> None:
     moe, data = models.save_moe(tmp_path / "moe"), models.write_data(tmp_path / "data")

@@ -17,6 +17,16 @@ from moectl.training.world import World
 ONE = World(0, 1, torch.device("cpu"))
 SIZES: dict[str, Any] = {"vocab_size": 258, "bos_token_id": None, "eos_token_id": BYTE_EOS_ID, "num_hidden_layers": 2}
 
+COUNTING = {
+    "deepseek-v3:bias_rate=0.5": 2,
+    "minimax-01:capacity_factor=0.7,aux_loss=1": 1,
+    "quantile": 2,
+    "remoe:aux_loss=0.1": 2,
+    "thor:k=8": 1,
+}
+"""Routers that count over the processes of a training, and THOR's two passes, of all experts so that nothing is drawn;
+and in how many micro-batches one process does what two do."""
+
 
 def save_moe(path: Path, model_type: str = "qwen3_moe", **overrides: Any) -> Path:
     """A tiny MoE on disk."""
@@ -69,3 +79,13 @@ def equal(one: Path, other: Path) -> bool:
     """Whether two checkpoints have the same bits."""
     left, right = tensors(one), tensors(other)
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def routed_recipe(data: tuple[str, ...], router: str, accumulate: int = 1) -> TrainRecipe:
+    """Two steps with another router."""
+    return recipe(data, router=router, accumulate=accumulate, steps=2, warmup=0, z_loss=0.0, aux_loss=0.0)
+
+
+def named(router: str) -> str:
+    """A directory for what comes out of it."""
+    return f"routed-{router.partition(':')[0]}"

@@ -20,6 +20,8 @@ from tiny_training import ONE
 from torch.distributed.tensor import DTensor
 
 from moectl.checkpoint.source import Checkpoint
+from moectl.routers.minimax_01 import MiniMax01, MiniMax01Options
+from moectl.routers.protocol import Context
 from moectl.training.adapters import Source, open_source, saved
 from moectl.training.checkpoints import whole_model
 from moectl.training.model import load_model
@@ -76,6 +78,17 @@ def adapter_step(source: Source, recipe: Any, world: World, root: Path) -> dict[
     }
 
 
+def shared_room(world: World) -> dict[str, Any]:
+    """Which assignments find no room where each process has half of the tokens, and where one has all of them."""
+    score_TE = torch.randn(60, 5, generator=torch.Generator().manual_seed(0)) * torch.linspace(1, 3, 5)
+    router = MiniMax01(None, 5, MiniMax01Options(top_k=3, capacity_factor=0.8))
+    own_T = slice(30 * world.rank, 30 * world.rank + 30)
+    dropped_TK = torch.zeros(60, 3, dtype=torch.int64)
+    dropped_TK[own_T] = router.route(score_TE[own_T], Context(training=True)).dropped_TK.long()
+    whole_TK = router.route(score_TE, Context()).dropped_TK.long()  # in use a process asks no other
+    return {"apart": world.sum(dropped_TK).tolist(), "whole": whole_TK.tolist()}
+
+
 def main(directory: Path, world: World) -> dict[str, Any]:
     """Everything that two processes are needed for, in one launch."""
     found: dict[str, Any] = {}
@@ -120,6 +133,9 @@ def main(directory: Path, world: World) -> dict[str, Any]:
     train(source, recipe, directory / "resumed", world)
     train(source, recipe, directory / "spread", world, reporting=Reporting(on_step=stop), expert_parallel=2)
     train(source, recipe, directory / "spread", world, expert_parallel=2)
+    found["room"] = shared_room(world)
+    for router in models.COUNTING:
+        train(source, models.routed_recipe(data, router), directory / models.named(router), world)
     return found
 
 

@@ -79,7 +79,7 @@ class Coded(nn.Module):
         """
         experts = self.experts()
         every = torch.arange(experts.experts, device=self._like.device)
-        needed = every if which is None or len(every) == 1 else every[torch.isin(every, which)]
+        needed = every if which is None or len(every) == 1 else every[torch.isin(every, which.to(every.device))]
         value = zeros((len(every), experts.rows, experts.width), self._like)
         if isinstance(experts, TernaryExperts):
             ternary.decode(experts, torch.full_like(every, -1).index_copy_(0, needed, needed), value)

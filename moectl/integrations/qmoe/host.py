@@ -27,7 +27,11 @@ OURS = "moectl"
 _INDEX = re.compile(r"(index|indices|selected_experts)$")
 _HOSTED = "_moectl_hosted"
 
-Choose = Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None]
+_ALL_ROWS = ("Llama4TextExperts",)
+"""Classes whose experts are all given all rows, one after another, which are zeros where they were not chosen."""
+
+Read = Callable[[Any, int], Tensor | None]
+Choose = Callable[[tuple[Any, ...], dict[str, Any], int], Tensor | None]
 
 
 def replace(model: nn.Module, name: str, coded: Coded) -> None:
@@ -86,7 +90,7 @@ def _hosting(kind: Any) -> type[nn.Module]:
                 owner = self.get_submodule(path)
                 coded: Any = owner._modules[leaf]
                 places.append((owner, leaf))
-                owner.__dict__[leaf] = coded(chosen(given, named))
+                owner.__dict__[leaf] = coded(chosen(given, named, coded.experts().experts))
             return run(self, *given, **named)
         finally:
             for owner, leaf in places:
@@ -118,18 +122,38 @@ def _mentions(kind: Any, name: str) -> bool:
 
 
 def _chosen_by(kind: type[nn.Module]) -> Choose:
-    """Which experts a call of a module needs, as a function of its arguments; None for all of them.
+    """Which experts a call of a module needs, as a function of its arguments and their number; None for all of them.
 
     In transformers nearly every family calls `experts(hidden_states, index, weights)`. Ids from the number of experts
-    on are those of experts without weights.
+    on are those of experts without weights. JetMoE says how many rows each expert has, sorted by expert.
     """
-    names = list(inspect.signature(kind.forward).parameters)[1:]
-    place = next((place for place, name in enumerate(names[:3]) if _INDEX.search(name)), None)
+    names = list(inspect.signature(kind.forward).parameters)[1:4]
+    readers = ((place, _read_by(kind, name)) for place, name in enumerate(names))
+    place, read = next(((place, read) for place, read in readers if read is not None), (0, None))
 
-    def chosen(given: tuple[Any, ...], named: dict[str, Any]) -> Tensor | None:
-        if place is None:
-            return None
-        index = given[place] if place < len(given) else named.get(names[place])
-        return index.unique() if isinstance(index, Tensor) and not index.is_floating_point() else None
+    def chosen(given: tuple[Any, ...], named: dict[str, Any], experts: int) -> Tensor | None:
+        return None if read is None else read(given[place] if place < len(given) else named.get(names[place]), experts)
 
     return chosen
+
+
+def _read_by(kind: type[nn.Module], name: str) -> Read | None:
+    """What reads the experts from an argument of this name, if it says them."""
+    if _INDEX.search(name):
+        return _ids
+    if name == "expert_size":
+        return _with_rows
+    return _not_zero if kind.__name__ in _ALL_ROWS and name == "hidden_states" else None
+
+
+def _ids(index: Any, _experts: int) -> Tensor | None:
+    return index.unique() if isinstance(index, Tensor) and not index.is_floating_point() else None
+
+
+def _with_rows(sizes: Any, _experts: int) -> Tensor:
+    return torch.as_tensor(sizes).nonzero().flatten()
+
+
+def _not_zero(rows: Tensor, experts: int) -> Tensor:
+    """An expert makes zeros of zeros, whatever its weights."""
+    return rows.view(experts, -1).any(1).nonzero().flatten()

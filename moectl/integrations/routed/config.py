@@ -13,7 +13,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from moectl.integrations.complete import ROUTED
+from moectl.families.components import ROUTED
 from moectl.integrations.routed.model import routed_class
 
 

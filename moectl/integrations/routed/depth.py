@@ -64,10 +64,6 @@ class HeldLayer(Held):
             outputs.append(given_BLD.scatter_add(1, place_BCD, weight_BC1 * (out_BCD - taken_BCD)))
         return torch.cat(outputs)
 
-    def share(self, sequence_length: int) -> float:
-        """Of the layer's work on all tokens, what it does."""
-        return float(self.router.options.share)
-
 
 def _alike(through_BL: Tensor) -> list[slice]:
     """All sequences at once if as many tokens of each go through, as in training; else one after the other."""

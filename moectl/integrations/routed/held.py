@@ -79,7 +79,7 @@ class Held(nn.Module):
             module._is_hf_initialized = True  # type: ignore[assignment]
         self._is_hf_initialized = True
         self.router = router
-        self.num_experts = getattr(router, "reach", router.num_experts)
+        self.num_experts = router.num_experts
         self.passing = passing
         self.seen = None
 
@@ -90,8 +90,8 @@ class Held(nn.Module):
 
     def share(self, sequence_length: int) -> float:
         """Of the experts' work if every expert took every token, what they do."""
-        chosen = self.router.options.top_k * getattr(self.router.options, "heads", 1)
-        return float(min(1.0, chosen / self.num_experts))
+        active = self.router.active
+        return 1.0 if active is None else min(1.0, active / self.num_experts)
 
 
 class HeldRouter(Held):
