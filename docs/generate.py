@@ -2,7 +2,8 @@
 
 cli.md comes from the commands' own help, families.md from the families' data, routing.md from the numbers that
 `moectl analyze-routing` knows, btx.md from the recorded grid of `benchmarks/btx_story.sh`, compress-measured.md from
-what `benchmarks/` recorded of `moectl compress`, router-list.md and what-if.md from the routers and what-ifs.
+what `benchmarks/` recorded of `moectl compress`, router-list.md and what-if.md from the routers and what-ifs,
+papers.md from papers.csv.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from measured import page as measured
+from papers import page as papers
 from trained import page as trained
 from typer.main import get_command
 
@@ -249,7 +251,7 @@ def main() -> int:
     stale = []
     pages = {"cli.md": cli(), "families.md": families(), "routing.md": routing(), "btx.md": story()}
     pages |= {"compress-measured.md": measured(), "router-list.md": routers(), "what-if.md": what_if()}
-    pages["routers-measured.md"] = trained()
+    pages |= {"routers-measured.md": trained(), "papers.md": papers()}
     for name, text in pages.items():
         path = HERE / name
         if check and (not path.exists() or path.read_text() != text):

@@ -41,6 +41,18 @@ class MachineError(MoectlError):
     exit_code = 4
 
 
+class SaidElsewhere(MoectlError):
+    """Another process of the same run failed and says why: this one ends with that exit code, in silence."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("Another process of this run failed, and says why.")
+        self.exit_code = exit_code
+
+    def lines(self) -> list[str]:
+        """Nothing."""
+        return []
+
+
 class CheckFailed(MoectlError):
     """A verification or a gate failed (exit 5)."""
 

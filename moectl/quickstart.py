@@ -201,7 +201,7 @@ def _compressed(moe: Path, out: Path, bits: float | None) -> float:
     calibration = Calibration(DATA, samples=CALIBRATION_SEQUENCES, sequence_length=SEQUENCE_LENGTH)
     job = Job.of(Checkpoint.open(moe), QmoeRecipe(bits=bits).checked(), calibration)
     place = out.with_name(f"{out.name}.statistics")
-    plan = job.plan(job.run(place, lambda _text: None, lambda _share: None))
+    plan, _ = job.plan(job.run(place, lambda _text: None, lambda _share: None))
     write(plan, out)
     shutil.rmtree(place)
     return float(plan.facts["bits_per_expert_parameter"])

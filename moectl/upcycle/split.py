@@ -6,7 +6,9 @@ chosen. With K = E that is the dense function. With K < E the others are missing
 row for an expert is the mean of the expert's gate rows, as a neuron is active where its gate is (CMoE, arXiv
 2502.04416, has a router of that kind), made so small that the chosen weights stay near 1/K.
 
-A plan lists the neurons of every expert, so weights and statistics are read to build it, one layer at a time.
+Neurons that are active on the same tokens belong together, since a token then needs few experts; how alike their gate
+rows are says that without data, and less well. A plan lists the neurons of every expert, so weights and statistics are
+read to build it, one layer at a time.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ from moectl.upcycle.shared import SILENT_WIDTH
 from moectl.upcycle.split_assign import clusters
 from moectl.upcycle.split_card import split_card
 from moectl.upcycle.split_recipe import SplitRecipe
-from moectl.upcycle.split_statistics import ActivationRates
+from moectl.upcycle.split_statistics import Activations, pattern
 
 ANALYTIC_SCALE = 2.0**-6
 """What mean gate rows are multiplied by: the order of scores stays, and chosen weights differ by a few per cent."""
@@ -54,7 +56,7 @@ ANALYTIC_SCALE = 2.0**-6
 def plan_split(
     source: Checkpoint,
     recipe: SplitRecipe,
-    rates: ActivationRates | None = None,
+    activations: Activations | None = None,
     directory: Path | None = None,
 ) -> Plan:
     """The plan of a MoE checkpoint whose experts are the parts of a dense one's FFNs.
@@ -62,7 +64,7 @@ def plan_split(
     Reads the gate (and up) matrices, a layer at a time, for k-means, and no weights for random.
 
     Args:
-        rates: of the layers to be split, from `activation_rates`; needed for shared experts.
+        activations: of the source, from `split_statistics.activations`; needed where `recipe.measured`.
         directory: where k-means' result is kept, as layers.{layer}.expert [F], int32, the number of the expert that
             each neuron goes to, -1 for a shared one; what is there is taken, and no weights are read.
 
@@ -85,7 +87,7 @@ def plan_split(
             "All its layers are MoE layers.",
             "Leave --layers out, or choose another family with --into.",
         )
-    assert recipe.shared == 0 or rates is not None, "shared experts need activation rates"
+    assert not recipe.measured or activations is not None, "shared experts and active clusters need activations"
     fields = {
         "num_experts": recipe.routed,
         "top_k": recipe.active,
@@ -106,9 +108,8 @@ def plan_split(
         for layer in layers:
             whole = mlp.ffn(layer, config["intermediate_size"])
             parts = (substituted(part, weights.tensors) for part in whole.parts)
-            rate_F = None if rates is None else rates.rates[layer]
             found[_name(layer)] = _assignment(
-                source, Ffn(*parts), config["intermediate_size"], recipe, f"layers.{layer}", rate_F
+                source, Ffn(*parts), config["intermediate_size"], recipe, layer, activations
             )
         return found
 
@@ -119,7 +120,7 @@ def plan_split(
             **identity(source),
             "layers": list(layers),
             "how": [recipe.grouping, recipe.experts, recipe.shared, recipe.seed],
-            "rates": None if rates is None else rates.to_json(),
+            "activations": None if activations is None else activations.to_json(),
         }
         file = kept(directory, "neurons", decides, assigned)
         expert_of = {name: file.read(name) for name in file.tensors}
@@ -131,8 +132,8 @@ def plan_split(
     tensors = tuple(tensors_of(source, weights, pair, names, config, layers, recipe.dtype, block))
     recorded = {"method": "split", **asdict(recipe), "into": moe.model_type}
     recorded |= {"top_k": recipe.active, "router": recipe.routing}
-    if rates is not None:
-        recorded["statistics"] = rates.to_json()
+    if activations is not None:
+        recorded["statistics"] = activations.to_json()
     idle = (recipe.routed - recipe.active) * len(layers) * 3 * config["hidden_size"] * width
     exact = recipe.keeps_function and (recipe.dtype == "auto" or weights.scheme is not None)
     facts = facts_of(source, weights, dense, moe, tensors, idle=idle, exact=exact)
@@ -191,18 +192,21 @@ def _parts(expert_F: np.ndarray, experts: int) -> list[tuple[int, ...]]:
 
 
 def _assignment(
-    source: Checkpoint, ffn: Ffn, size: int, recipe: SplitRecipe, key: str, rate_F: np.ndarray | None
+    source: Checkpoint, ffn: Ffn, size: int, recipe: SplitRecipe, layer: int, activations: Activations | None
 ) -> np.ndarray:
     """The number of the routed expert that each neuron goes to [F], int32; -1 for a shared one."""
     count = recipe.shared * (size // recipe.experts)
-    order = np.arange(size) if rate_F is None else np.argsort(-rate_F, kind="stable")
+    order = np.arange(size) if activations is None else np.argsort(-activations.rates[layer], kind="stable")
     rest = np.sort(order[count:])
     features_ND = None
-    if recipe.grouping != "random":
+    if recipe.grouping == "active":
+        assert activations is not None
+        features_ND = pattern(activations.patterns[layer])[rest]
+    elif recipe.grouping != "random":
         rows = ffn.gate if recipe.grouping == "kmeans-gate" else Concat((ffn.gate, ffn.up), 1)
         features_ND = _computed(rows, source)[rest]
     expert_F = np.full(size, -1, np.int32)
-    expert_F[rest] = clusters(recipe.grouping, features_ND, rest, recipe.routed, recipe.seed, f"{key}.neurons")
+    expert_F[rest] = clusters(recipe.grouping, features_ND, rest, recipe.routed, recipe.seed, f"layers.{layer}.neurons")
     return expert_F
 
 

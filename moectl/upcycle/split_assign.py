@@ -12,8 +12,8 @@ import numpy as np
 
 from moectl.checkpoint.randomness import permutation
 
-METHODS = ("kmeans-gate", "kmeans", "random")
-"""Balanced k-means on gate rows, or on gate and up rows together, or neurons at random."""
+METHODS = ("kmeans-gate", "kmeans", "active", "random")
+"""Balanced k-means on gate rows, on gate and up rows, on when neurons are active; or neurons at random."""
 
 _RESOLUTION = float(1 << 40)
 """Costs are rounded to integers up to this: sums along a path are then exact, and no cycle is negative by rounding."""

@@ -22,8 +22,8 @@ class SplitRecipe:
     Attributes:
         experts: parts the FFN is cut into, each of intermediate_size / experts neurons.
         top_k: routed parts each token is sent to; None for all of them, which keeps the function.
-        grouping: how neurons are grouped: balanced k-means on gate rows (kmeans-gate) or gate and up rows (kmeans), or
-            random.
+        grouping: how neurons are grouped: balanced k-means on gate rows (kmeans-gate), on gate and up rows (kmeans) or
+            on which tokens of data they are active (active: MoEfication's co-activation, by CMoE's means); or random.
         shared: of the parts, how many are always active: the neurons most often active on data (CMoE, arXiv
             2502.04416).
         router: zero (all scores equal), analytic (the mean of an expert's gate rows), random (normal), or auto: zero
@@ -56,6 +56,11 @@ class SplitRecipe:
     def active(self) -> int:
         """How many of them each token is sent to."""
         return self.routed if self.top_k is None else self.top_k
+
+    @property
+    def measured(self) -> bool:
+        """Whether it takes data to say which neuron goes where."""
+        return self.shared > 0 or self.grouping == "active"
 
     @property
     def routing(self) -> str:

@@ -18,6 +18,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from moectl.checkpoint.source import Checkpoint
 from moectl.checkpoint.writer import write
 from moectl.errors import InputError
+from moectl.evaluation.inspect import inspect
 from moectl.families.quantised import weights_of
 from moectl.families.tiny import tiny_model
 from moectl.upcycle.sparse import SparseRecipe, plan_sparse
@@ -258,6 +259,15 @@ def test_weights_of_a_plain_checkpoint_are_the_stored_tensors(tmp_path: Path) ->
 
 
 Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize("case", ["fp8, odd sizes", "int4 zero points, odd sizes", "int8 groups, zero points", "mxfp4"])
+def test_they_are_inspected_as_the_models_they_are_of(case: str, tmp_path: Path) -> None:
+    quantised, plain = (inspect(Checkpoint.open(path)) for path in quantised_pair(tmp_path, case))
+    assert quantised.parameters == plain.parameters and quantised.active_parameters == plain.active_parameters
+    for one, other in zip(quantised.components, plain.components, strict=True):
+        assert (one.component, one.parameters) == (other.component, other.parameters)
+    assert quantised.bytes < plain.bytes and quantised.bits_per_parameter == 8 * quantised.bytes / plain.parameters
 
 
 def drop(name: str) -> Callable[[Tensors], None]:

@@ -31,12 +31,13 @@ from moectl.errors import InputError, UsageError
 from moectl.evaluation.compare import load
 from moectl.evaluation.heldout import heldout_batches, heldout_loss
 from moectl.families.tiny import tiny_model
+from moectl.layerwise.first_text import first_sequences
 from moectl.upcycle import split as split_module
 from moectl.upcycle import split_statistics
 from moectl.upcycle.split import plan_split
 from moectl.upcycle.split_assign import METHODS, balanced_assignment, clusters
 from moectl.upcycle.split_recipe import SplitRecipe
-from moectl.upcycle.split_statistics import ACTIVE_SHARE, activation_rates
+from moectl.upcycle.split_statistics import ACTIVE_SHARE, Activations, activations, pattern
 
 ARITHMETIC = ["builtin:arithmetic"]
 TOKENS = np.random.default_rng(0).integers(0, 128, (4, 32))
@@ -52,6 +53,7 @@ def split(dense: Path, out: Path, rates: Any = None, **recipe: Any) -> Path:
     [
         ("llama", {"experts": 8, "grouping": "kmeans"}),
         ("llama", {"experts": 3, "grouping": "random"}),
+        ("qwen2", {"experts": 8, "grouping": "active", "shared": 2}),
         ("llama", {"experts": 8, "scale": "down", "into": "granitemoe"}),
         ("qwen3", {"experts": 4}),
         ("qwen3", {"experts": 4, "layers": "0,2"}),
@@ -69,7 +71,7 @@ def test_all_parts_are_the_dense_function(dense_type: str, recipe: dict[str, Any
     dense = tiny_model(dense_type)
     dense.save_pretrained(tmp_path / "dense")
     source = Checkpoint.open(tmp_path / "dense")
-    rates = activation_rates(source, TOKENS, ["random"]) if "shared" in recipe else None
+    rates = activations(source, TOKENS, ["random"]) if SplitRecipe(**recipe).measured else None
     moe = split(tmp_path / "dense", tmp_path / "moe", rates, **recipe)
     assert relative_error(logits(reload(moe)), logits(dense)) <= 1e-5
     load(Checkpoint.open(moe))  # refuses missing and unexpected keys
@@ -121,14 +123,15 @@ def neurons(plan: Plan, pattern: str, dim: int) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("grouping", METHODS)
 def test_experts_partition_the_neurons_the_same_way_in_every_matrix(grouping: str, tmp_path: Path) -> None:
     source = Checkpoint.open(dense_llama(tmp_path / "dense"))
-    plan = plan_split(source, SplitRecipe(experts=6, top_k=2, grouping=grouping))
+    seen = activations(source, TOKENS % 64, ["random"])
+    plan = plan_split(source, SplitRecipe(experts=6, top_k=2, grouping=grouping), seen)
     for layer in range(2):
         groups = [neurons(plan, f"layers.{layer}.block_sparse_moe.experts.", dim) for dim in (0, 1)]
         gate, up, down = groups[0][::2], groups[0][1::2], groups[1]
         assert gate == up == down and {len(part) for part in gate} == {8}
         assert sorted(neuron for part in gate for neuron in part) == list(range(48))
-    other = plan_split(source, SplitRecipe(experts=6, top_k=2, grouping=grouping, seed=1))
-    assert plan.fingerprint == plan_split(source, SplitRecipe(experts=6, top_k=2, grouping=grouping)).fingerprint
+    other = plan_split(source, SplitRecipe(experts=6, top_k=2, grouping=grouping, seed=1), seen)
+    assert plan.fingerprint == plan_split(source, SplitRecipe(experts=6, top_k=2, grouping=grouping), seen).fingerprint
     assert plan.fingerprint != other.fingerprint
     assert Plan.from_json(json.loads(json.dumps(plan.to_json())), [source]).tensors == plan.tensors
 
@@ -171,11 +174,12 @@ def test_no_balanced_assignment_is_cheaper(parts: int, each: int, kind: str, see
     assert cost[np.arange(len(cost)), labels].sum() == pytest.approx(best, abs=1e-9)
 
 
-def test_rates_count_the_largest_activations(tmp_path: Path) -> None:
+def test_rates_and_patterns_are_of_the_largest_activations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the activations of the whole model, computed from its modules."""
     dense = tiny_model("qwen2")
     dense.save_pretrained(tmp_path / "dense")
-    found = activation_rates(Checkpoint.open(tmp_path / "dense"), TOKENS, ["random"])
+    monkeypatch.setattr(split_statistics, "PATTERN_TOKENS", 40)
+    found = activations(Checkpoint.open(tmp_path / "dense"), TOKENS, ["random"])
     seen: list[torch.Tensor] = []
     mlp = dense.model.layers[1].mlp
     mlp.register_forward_hook(
@@ -187,19 +191,40 @@ def test_rates_count_the_largest_activations(tmp_path: Path) -> None:
     count = round(ACTIVE_SHARE * 96)
     threshold = np.sort(activation, axis=1)[:, -count][:, None]
     assert np.allclose(found.rates[1], (activation >= threshold).mean(axis=0), atol=2 / TOKENS.size)
-    assert found.tokens == TOKENS.size and set(found.rates) == {0, 1, 2}
+    assert found.tokens == TOKENS.size and set(found.rates) == set(found.patterns) == {0, 1, 2}
+    some = np.linspace(0, TOKENS.size - 1, 40).astype(int)
+    unlike = pattern(found.patterns[1])[:, :40] != (activation >= threshold)[some].T
+    assert unlike.sum() <= 2 and len(set(some)) == 40 and {0, TOKENS.size - 1} <= set(some), "but for rounding"
+
+
+def test_neurons_that_are_active_together_go_together(tmp_path: Path) -> None:
+    """Planted: six groups of eight neurons, each active on its own tokens, but for one bit in fifty."""
+    source = Checkpoint.open(dense_llama(tmp_path / "dense"))
+    generator = np.random.default_rng(0)
+    group_F = generator.permutation(np.arange(48) % 6)
+    active_FP = (np.arange(240) % 6 == group_F[:, None]) ^ (generator.random((48, 240)) < 0.02)
+    packed = {layer: np.packbits(active_FP, axis=1) for layer in range(2)}
+    recipe = SplitRecipe(experts=6, top_k=2, grouping="active")
+
+    def parts(packed: dict[int, np.ndarray]) -> set[tuple[int, ...]]:
+        seen = Activations({layer: active_FP.mean(1) for layer in range(2)}, packed, 240, ("planted",))
+        return set(neurons(plan_split(source, recipe, seen), "layers.1.block_sparse_moe.experts.", 1))
+
+    planted = {tuple(np.flatnonzero(group_F == group).tolist()) for group in range(6)}
+    assert parts(packed) == planted
+    assert parts({layer: each[::-1] for layer, each in packed.items()}) != planted, "of other neurons"
 
 
 def test_shared_neurons_are_the_most_active_and_statistics_enter_the_fingerprint(tmp_path: Path) -> None:
     tiny_model("qwen2").save_pretrained(tmp_path / "dense")
     source = Checkpoint.open(tmp_path / "dense")
     recipe = SplitRecipe(experts=4, shared=1, top_k=1)
-    rates = activation_rates(source, TOKENS, ["random"])
+    rates = activations(source, TOKENS, ["random"])
     plan = plan_split(source, recipe, rates)
     shared = neurons(plan, "layers.2.mlp.shared_expert.gate_proj", 0)[0]
     others = sorted(set(range(96)) - set(shared))
     assert rates.rates[2][list(shared)].min() >= rates.rates[2][others].max() and len(shared) == 24
-    again = activation_rates(source, TOKENS[:, ::-1].copy(), ["random"])
+    again = activations(source, TOKENS[:, ::-1].copy(), ["random"])
     assert plan_split(source, recipe, again).fingerprint != plan.fingerprint
     assert plan.recipe["statistics"]["tokens"] == TOKENS.size
 
@@ -210,7 +235,7 @@ def test_statistics_are_kept_and_plan_the_same_again(tmp_path: Path, monkeypatch
     recipe = SplitRecipe(experts=4, shared=1, top_k=1)
 
     def plan(seed: int = 0, tokens: np.ndarray = TOKENS, where: Path | None = place) -> Plan:
-        rates = activation_rates(source, tokens, ["random"], where)
+        rates = activations(source, tokens, ["random"], where)
         return plan_split(source, replace(recipe, seed=seed), rates, where)
 
     first = plan()
@@ -269,28 +294,39 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_kmeans_and_its_router_lose_less_than_chance(trained: Path, tmp_path: Path) -> None:
-    """Means over three seeds: kmeans on gate rows, which the router sees, against neurons or router rows at random."""
+def first_tokens(trained: Path) -> np.ndarray:
+    """What the command looks at to see which neurons are active."""
+    return first_sequences(Checkpoint.open(trained), ARITHMETIC, 128, 32, why="", fix="")
+
+
+def test_clusters_and_their_router_lose_less_than_chance(trained: Path, tmp_path: Path) -> None:
+    """Means over three seeds: k-means on gate rows, which the router sees, against neurons or router rows at random;
+    and on when neurons are active, against that."""
     batches = heldout_batches(
         ARITHMETIC, lambda text: list(text.encode()), eos_id=256, sequence_length=128, batch_size=16, max_batches=2
     )
     loss = {"dense": heldout_loss(load(Checkpoint.open(trained)), batches)["mean"]}
+    seen = activations(Checkpoint.open(trained), first_tokens(trained), ARITHMETIC)
     for name, recipe in {
         "kmeans-gate": {},
         "random": {"grouping": "random"},
         "random router": {"router": "random"},
+        "active": {"grouping": "active"},
         "more of them": {"top_k": 4},
     }.items():
         splits = [
-            split(trained, tmp_path / f"{name} {seed}", **{"top_k": 2, "seed": seed, **recipe}) for seed in range(3)
+            split(trained, tmp_path / f"{name} {seed}", seen, **{"top_k": 2, "seed": seed, **recipe})
+            for seed in range(3)
         ]
         loss[name] = np.mean([heldout_loss(load(Checkpoint.open(moe)), batches)["mean"] for moe in splits])
     print(loss)
     assert loss["dense"] < loss["more of them"] < loss["kmeans-gate"] < loss["random"] < loss["random router"], loss
+    assert loss["dense"] < loss["active"] < loss["kmeans-gate"], loss
 
 
-def test_the_command_says_what_was_lost(trained: Path, tmp_path: Path) -> None:
-    arguments = ["--top-k", "1", "--shared", "2", "--into", "qwen2_moe", "--data", "builtin:arithmetic"]
+@pytest.mark.parametrize("asked", [["--shared", "2"], ["--method", "active"]])
+def test_the_command_says_what_was_lost(asked: list[str], trained: Path, tmp_path: Path) -> None:
+    arguments = ["--top-k", "1", *asked, "--into", "qwen2_moe", "--data", "builtin:arithmetic"]
     done = CliRunner().invoke(app, ["upcycle", "split", str(trained), "-o", str(tmp_path / "moe"), *arguments])
     assert (done.exit_code, done.stdout) == (0, f"{tmp_path / 'moe'}\n"), done.stderr
     before, after = done.stderr.split("mean: ")[1].split()[0::2]
