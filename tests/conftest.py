@@ -7,6 +7,7 @@ pair of families it is about, which is exact when none of its tests failed.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -16,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share two cores
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has background jobs ignore it, and so their children
 for directory in ("checkpoint", "cli", "compress", "integrations", "traces", "../benchmarks"):
     sys.path.insert(0, str(Path(__file__).parent / directory))
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -234,13 +234,24 @@ def substituted(x: Expression, tensors: Mapping[str, Expression]) -> Expression:
         return tensors.get(x.tensor, x) if x.source == 0 else x
     if isinstance(x, Dequantise):
         return x
+    return _with_children(x, lambda child: substituted(child, tensors))
+
+
+def moved(x: Expression, place: int) -> Expression:
+    """The expression with every source tensor taken from the source at `place`."""
+    if isinstance(x, Copy):
+        return Copy(x.tensor, place)
+    return _with_children(x, lambda child: moved(child, place))
+
+
+def _with_children(x: Expression, change: Callable[[Expression], Expression]) -> Expression:
     changed: dict[str, Any] = {}
     for field in dataclasses.fields(x):
         value = getattr(x, field.name)
         if isinstance(value, Expression):
-            changed[field.name] = substituted(value, tensors)
+            changed[field.name] = change(value)
         elif field.name == "parts":
-            changed[field.name] = tuple(substituted(part, tensors) for part in value)
+            changed[field.name] = tuple(change(part) for part in value)
     return dataclasses.replace(x, **changed)
 
 

@@ -51,15 +51,18 @@ def identity(source: Checkpoint) -> dict[str, Any]:
     return {"base": source_identity(source), "stats": stats}
 
 
+def in_order(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same, row by row in memory: safetensors takes the bytes of an array as they lie, and some are transposed."""
+    return {name: np.asarray(array, order="C") for name, array in arrays.items()}
+
+
 def _write(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, str]) -> None:
     """Write the file so that it is absent or whole; of two processes the first one's stays."""
     from safetensors.numpy import save
 
     path.parent.mkdir(parents=True, exist_ok=True)
     work = path.with_name(f".{path.name}.{os.getpid()}")
-    # safetensors takes the bytes of an array as they lie, and some are transposed.
-    in_order = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    work.write_bytes(save(in_order, metadata={"format": "moectl.statistics/1", **about}))
+    work.write_bytes(save(in_order(arrays), metadata={"format": "moectl.statistics/1", **about}))
     try:
         FileSystem().rename_new(work, path)
     except FileExistsError:

@@ -51,9 +51,9 @@ def write(
 ) -> Written:
     """Carry out `plan` into the directory `out`, or `worker`'s share of it; `on_bytes` hears of progress.
 
-    A finished output of this very plan (same recipe, same weights) is left as it is and counts as done. A worker
-    publishes when it finds that every other share is there. `allow_nonfinite` copies NaN and infinity too.
-    `command` is what writes the whole plan, for the messages of `finish`.
+    A finished output of this very plan (same recipe, same weights) is read, left as it is and counts as done; a worker
+    reads its share. A worker publishes when it finds that every other share is there. `allow_nonfinite` copies NaN and
+    infinity too. `command` is what writes the whole plan, for the messages of `finish`.
 
     Raises:
         UsageError: `out` exists, or is or holds a source, or its partial output belongs to another plan.
@@ -67,7 +67,7 @@ def write(
     shards = plan.shards if worker is None else worker.share(plan.shards)
     with Hasher() as hasher, disk_errors(plan, out):
         if is_occupied(out) and not overwrite:
-            if not _is_done(plan, shards, out, hasher):
+            if not _is_done(plan, shards, out, hasher, on_bytes):
                 raise exists_error(out)
             clear(fs, journal.root)
             return Written(out, 0)
@@ -94,7 +94,7 @@ def check_target(plan: Plan, out: Path, *, overwrite: bool = False, worker: Work
         raise exists_error(out)
 
 
-def _is_done(plan: Plan, shards: tuple[Shard, ...], out: Path, hasher: Hasher) -> bool:
+def _is_done(plan: Plan, shards: tuple[Shard, ...], out: Path, hasher: Hasher, on_bytes: Callable[[int], None]) -> bool:
     """Whether these shards of `out` are what the plan makes of its sources, and still what was written."""
     if fingerprint_of(out) != plan.fingerprint:
         return False
@@ -110,6 +110,7 @@ def _is_done(plan: Plan, shards: tuple[Shard, ...], out: Path, hasher: Hasher) -
                 known[same] = _planned_hash(plan, tensor, hasher)
             if not known[same] == found[tensor.name].sha256 == recorded.get(tensor.name):
                 return False
+            on_bytes(tensor.nbytes)
     return True
 
 

@@ -58,18 +58,20 @@ def branch(
         dtype=dtype,
         seed=seed,
     )
-    recipe.check()
-    if (out / "config.json").exists():
-        raise UsageError(
-            f"{escape(str(out))} is a checkpoint.", "Branches are put in a directory of their own.", "Give another -o."
-        )
-    wanted = branches(recipe, out, domain or ())
-    source = Checkpoint.open(seed_model, revision)
     done: list[dict[str, Any]] = []
     with joined(device) as world:
-        if world.is_main:
-            out.mkdir(parents=True, exist_ok=True)
-        world.barrier()
+        with world.agreed():
+            recipe.check()
+            if (out / "config.json").exists():
+                raise UsageError(
+                    f"{escape(str(out))} is a checkpoint.",
+                    "Branches are put in a directory of their own.",
+                    "Give another -o.",
+                )
+            wanted = branches(recipe, out, domain or ())
+            source = Checkpoint.open(seed_model, revision)
+            if world.is_main:
+                out.mkdir(parents=True, exist_ok=True)
         for each in wanted:
             outcome = training.train_shown(
                 source,

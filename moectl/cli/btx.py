@@ -133,7 +133,7 @@ def btx(
         output.note(note, quiet=how.quiet)
     models = open_models(asked)
     warn_of(models.sources)
-    with writing.statistics(out, dry_run=how.dry_run) as place:
+    with writing.statistics(out, models.sources, dry_run=how.dry_run) as place:
         plan = plan_btx(models, asked, place)
         writing.carry_out(
             plan,

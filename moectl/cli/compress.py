@@ -113,7 +113,7 @@ def prune(
         output.warn(f"{len(layout.extra)} tensors of layers that predict further tokens are left out.")
     calibration = Calibration(tuple(data) if data else None, samples, seq_len, max_tokens, device, dtype)
     file = None if scores is None or (how.dry_run and not scores.exists()) else scores
-    with writing.statistics(out, dry_run=how.dry_run) as place:
+    with writing.statistics(out, [source], dry_run=how.dry_run) as place:
         measured = scores_for(layout, recipe, calibration, place, file, lambda text: output.note(text, quiet=how.quiet))
     if measured and (unseen := never_routed(measured)):
         output.note(f"{unseen} of {len(layout.layers) * layout.experts} experts were given no token.", quiet=how.quiet)

@@ -14,7 +14,7 @@ import typer
 from moectl.cli import options, writing
 from moectl.cli.groups import grouped
 from moectl.cli.opening import warn_of
-from moectl.errors import MoectlError, UsageError
+from moectl.errors import InputError, MoectlError, UsageError
 from moectl.launched import rank_and_size
 
 if TYPE_CHECKING:
@@ -148,9 +148,9 @@ def qmoe(
     place = writing.statistics_of(out)
     folder = place / job.key
     if is_occupied(out) and not (how.overwrite or how.dry_run):
-        if not job.is_made(out):
+        if not job.is_recorded_in(out):
             raise exists_error(out)
-        if not is_finished(folder):  # else it was interrupted since
+        if not is_finished(folder):  # else it was interrupted since, and is checked when it is written
             if leads:
                 _already_made(out, folder, how, html)
             return
@@ -230,12 +230,20 @@ def _steps(on_parts: Callable[[int], None]) -> Callable[[float], None]:
 
 
 def _already_made(out: Path, folder: Path, how: writing.Writing, html: Path | None) -> None:
-    """The end of a command that finds nothing to do but to tidy up and to upload."""
+    """The end of a command that finds nothing to do but to check, to tidy up and to upload.
+
+    Raises:
+        UsageError: `out` was damaged or altered.
+    """
     from moectl.checkpoint import hub
+    from moectl.checkpoint.publish import exists_error
     from moectl.compress.pipeline.alone import alone
     from moectl.compress.pipeline.run import discard
     from moectl.report import output
 
+    writing.say_checking(out, quiet=how.quiet)
+    if not _is_untouched(out, quiet=how.quiet):
+        raise exists_error(out)
     if folder.exists():
         with suppress(UsageError), alone(folder.parent):
             discard(folder)
@@ -248,6 +256,20 @@ def _already_made(out: Path, folder: Path, how: writing.Writing, html: Path | No
     output.note("It was already complete.", quiet=how.quiet)
     if html is not None:
         output.warn("A page is written when a model is compressed, so there is none now. --overwrite does it again.")
+
+
+def _is_untouched(out: Path, *, quiet: bool) -> bool:
+    """Whether every tensor and file is as moectl.json records it."""
+    from moectl.checkpoint.provenance import verify_hashes
+    from moectl.checkpoint.source import Checkpoint
+    from moectl.report import output
+
+    try:
+        made = Checkpoint.open(out)
+        with output.progress("checking", made.nbytes, quiet=quiet) as on_bytes:
+            return verify_hashes(made, on_bytes).ok
+    except InputError:
+        return False
 
 
 def _told(

@@ -101,7 +101,7 @@ def split(
     source = opened(dense, revision)
     split_pair(source, recipe)
     specs = tuple(data or EVERY_BUILTIN)
-    with writing.statistics(out, dry_run=how.dry_run) as place:
+    with writing.statistics(out, [source], dry_run=how.dry_run) as place:
         plan = plan_split(source, recipe, _activations(source, specs, place) if recipe.measured else None, place)
         facts = plan.facts
         beside = f" and {shared} shared" if shared else ""

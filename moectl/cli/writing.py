@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from moectl.cli import checks, options
 if TYPE_CHECKING:
     from moectl.checkpoint.plan import Plan
     from moectl.checkpoint.publish import Written
+    from moectl.checkpoint.source import Checkpoint
     from moectl.checkpoint.workers import Worker
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Directory to make.", callback=checks.place)]
@@ -99,6 +100,7 @@ def carry_out(
         MoectlError: as `write`, `check_target` and `hub.upload` raise it.
     """
     from moectl.checkpoint import hub
+    from moectl.checkpoint.publish import is_occupied
     from moectl.checkpoint.writer import check_target, write
     from moectl.report import output
 
@@ -110,7 +112,10 @@ def carry_out(
     facts = plan.facts
     output.note(f"{headline}: {output.size(plan.file_bytes)} in {len(plan.shards)} file(s)", quiet=quiet)
     total = sum(shard.nbytes for shard in (share.share(plan.shards) if share else plan.shards))
-    with output.progress("writing", total, quiet=quiet) as on_bytes:
+    checking = is_occupied(out) and not how.overwrite
+    if checking:
+        say_checking(out, quiet=quiet)
+    with output.progress("checking" if checking else "writing", total, quiet=quiet) as on_bytes:
         written = write(
             plan,
             out,
@@ -158,11 +163,26 @@ def carry_out(
     )
 
 
+def say_checking(out: Path, *, quiet: bool) -> None:
+    """Say on stderr why a command that has nothing to write takes a while."""
+    from moectl.report import output
+
+    output.note(f"{out} exists: checking its tensors.", quiet=quiet)
+
+
 @contextmanager
-def statistics(out: Path, *, dry_run: bool) -> Iterator[Path]:
-    """Where statistics are kept: beside the output, or nowhere for longer than a dry run takes."""
+def statistics(out: Path, sources: Iterable[Checkpoint], *, dry_run: bool) -> Iterator[Path]:
+    """Where statistics are kept: beside the output, or nowhere for longer than a dry run takes.
+
+    Raises:
+        UsageError: that would be in a source, or a source in the output.
+    """
     from tempfile import TemporaryDirectory
 
+    from moectl.checkpoint.publish import check_apart
+
+    for source in sources:
+        check_apart(out, source.path)
     if dry_run:
         with TemporaryDirectory() as place:
             yield Path(place)

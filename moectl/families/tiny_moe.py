@@ -120,7 +120,7 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     },
     "glm4v_moe_text": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [2, 1, 1]}},
     "glm5_next_text": {
-        "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
+        "layer_types": LINEAR_AND_FULL,
         "mlp_layer_types": DENSE_THEN_SPARSE,
         "index_kpool": 4,
         "qk_rope_head_dim": 0,
@@ -161,7 +161,7 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "qwen3_next": {"layer_types": LINEAR_AND_FULL},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 32},
     "qwen4_exp_text": {
-        "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
+        "layer_types": LINEAR_AND_FULL,
         "hc_count": 2,
         "hc_lowrank": 8,
         "indexer_n_heads": 2,

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError
 from moectl.families.components import ROUTED
+from moectl.families.releases import refuse_older
 from moectl.integrations.implementation import set_ours
 from moectl.text import escape
 
@@ -28,7 +29,12 @@ def is_routed(checkpoint: Checkpoint) -> bool:
 
 
 def make_known(checkpoint: Checkpoint) -> None:
-    """Have transformers know what only this package can load, if the checkpoint is such a one."""
+    """Have transformers know what only this package can load, if the checkpoint is such a one.
+
+    Raises:
+        InputError: the installed transformers is too old for its family.
+    """
+    refuse_older(checkpoint.config)
     if is_coded(checkpoint) or is_routed(checkpoint):
         import moectl.integrations.transformers  # noqa: F401 - transformers knows what is ours by registration
 

@@ -68,7 +68,7 @@ def shares_of(config: Mapping[str, Any], shapes: Shapes) -> Shares:
     """
     if config.get("model_type") != ROUTED:
         experts, top_k = experts_and_top_k(config)
-        idle = next((place["zero_expert_num"] for place in within(config) if place.get("zero_expert_num")), 0)
+        idle = next((n for place in within(config) if type(n := place.get("zero_expert_num")) is int and n > 0), 0)
         # LongCat's bias aims at 8 of 512 experts from 12 choices among 768: as many as choices made evenly.
         return Shares(experts, top_k * experts / (experts + idle) if experts and top_k and idle else top_k)
     try:

@@ -26,7 +26,7 @@ from moectl.checkpoint.provenance import fingerprint_of
 from moectl.checkpoint.publish import check_apart, exists_error, is_occupied
 from moectl.data.mixture import Row, mixture_rows
 from moectl.data.tokens import BEGINNING
-from moectl.errors import CheckFailed
+from moectl.errors import CheckFailed, MoectlError
 from moectl.integrations.transformers import NAME
 from moectl.text import escape
 from moectl.training import parameters
@@ -138,10 +138,11 @@ def train(
         last = None
         with ExitStack() as records:
             told: list[Tracker] = []
-            if world.is_main:
-                file = metrics or root / METRICS
-                told = records.enter_context(recording(file, log_to, root, recipe.to_json(), fingerprint, run.step))
-                reporting.begun(run.facts)
+            with world.agreed():
+                if world.is_main:
+                    file = metrics or root / METRICS
+                    told = records.enter_context(recording(file, log_to, root, recipe.to_json(), fingerprint, run.step))
+                    reporting.begun(run.facts)
             while run.step < recipe.steps:
                 last = run.advance()
                 for each in told:
@@ -154,10 +155,10 @@ def train(
                 if stopped and run.step < recipe.steps:
                     return Outcome(out, run.step, perf_counter() - started, stop.number or signal.SIGTERM, last=last)
         tensors = saved(run.model) if isinstance(source, Adapter) else whole_model(run.model)
-        if world.is_main:
-            like, tensors = as_held(source, begun, tensors)
-            publish(tensors, source, recipe, fingerprint, root, out, like=like, overwrite=overwrite)
-        world.barrier()
+        with world.agreed():
+            if world.is_main:
+                like, tensors = as_held(source, begun, tensors)
+                publish(tensors, source, recipe, fingerprint, root, out, like=like, overwrite=overwrite)
     return Outcome(out, recipe.steps, perf_counter() - started, last=last)
 
 
@@ -197,18 +198,19 @@ class Run:
         # On a CPU transformers' grouped_mm is the faster one to train with: benchmarks/results/train.json.
         implementation = recipe.implementation or (NAME if world.device.type == "cuda" else None)
         self.model: nn.Module = load_placed(base, world, implementation, expert_parallel)
-        if self.adapter:
-            self.model = attach(self.adapter, self.model)
-        pesc = pesc_blocks(self.model) if self.adapter else []
-        routed = [] if pesc else routed_blocks(self.model)
-        blocks = pesc or routed or moe_blocks(self.model)
-        trained = parameters.select(
-            self.model,
-            blocks,
-            only=recipe.only,
-            freeze_experts=recipe.freeze_experts,
-            adapters=learning(self.model) if self.adapter else None,
-        )
+        with world.agreed():
+            if self.adapter:
+                self.model = attach(self.adapter, self.model)
+            pesc = pesc_blocks(self.model) if self.adapter else []
+            routed = [] if pesc else routed_blocks(self.model)
+            blocks = pesc or routed or moe_blocks(self.model)
+            trained = parameters.select(
+                self.model,
+                blocks,
+                only=recipe.only,
+                freeze_experts=recipe.freeze_experts,
+                adapters=learning(self.model) if self.adapter else None,
+            )
         total = sum(parameter.numel() for parameter in self.model.parameters())
         top_k = pesc_top_k(self.model) if pesc else top_k_of(self.model)
         self.flops = flops_per_token(self.model, blocks, top_k, recipe.sequence_length)
@@ -231,11 +233,14 @@ class Run:
 
         Raises:
             CheckFailed: the loss or the gradient is not finite.
+            InputError: the data cannot be read.
+            SaidElsewhere: another process raises one of these.
         """
         started = perf_counter()
         recipe = self.recipe
         rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
-        rows = list(islice(self.rows, recipe.batch_size))
+        with self.world.agreed():
+            rows = list(islice(self.rows, recipe.batch_size))
         # What a model draws (dropout, jitter) follows from the step and the process, so no generator has to be saved.
         torch.manual_seed(_seed(recipe.seed, self.step, self.world.rank))
         if isinstance(self.watch, RoutedWatch):
@@ -294,17 +299,18 @@ class Run:
             max_vio=tuple(max_vio(load_E) for load_E in loads),
         )
 
-    def _not_finite(self, what: str, value: float, rows: list[Row]) -> CheckFailed:
+    def _not_finite(self, what: str, value: float, rows: list[Row]) -> MoectlError:
         first = self.step * self.recipe.batch_size
         specs = sorted({self.recipe.parts[row.part].spec for row in rows})
         latest = self.checkpoints.latest()
-        return CheckFailed(
+        failed = CheckFailed(
             f"The {what} became {value} at step {self.step + 1} of {self.recipe.steps}, sequences {first} to "
             f"{first + len(rows) - 1} of the data ({escape(', '.join(specs))}).",
             f"Nothing was updated with it. The last good checkpoint is {escape(str(latest)) if latest else 'the model'}"
             ", and the same command would come to the same point.",
             "Lower --lr, warm up for longer, or look at those sequences; then train into another -o.",
         )
+        return self.world.said_once(failed)
 
 
 def _seed(seed: int, step: int, rank: int) -> int:

@@ -43,18 +43,22 @@ def load_placed(
             encoder-decoder and there are several processes.
         MachineError: the installed transformers cannot spread experts.
         UsageError: the processes do not divide into groups of that size.
+        SaidElsewhere: another process raises one of these.
     """
-    if world.size > 1 and read_config(source).is_encoder_decoder:
-        raise InputError(
-            f"{escape(source.name)} is an encoder-decoder.",
-            "It cannot be spread over processes: a model is sharded by the layers of its decoder.",
-            "Train it in one process, without torchrun.",
-        )
-    if expert_parallel > 1:
-        return load_model(source, implementation, distributed=distributed_config(world, expert_parallel))
-    if world.size > 1:
-        return load_sharded(source, world, implementation)
-    return load_model(source, implementation).to(world.device)
+    with world.agreed():
+        check_trainable(source)
+        if world.size > 1 and read_config(source).is_encoder_decoder:
+            raise InputError(
+                f"{escape(source.name)} is an encoder-decoder.",
+                "It cannot be spread over processes: a model is sharded by the layers of its decoder.",
+                "Train it in one process, without torchrun.",
+            )
+        if expert_parallel == 1 and world.size > 1:
+            return load_sharded(source, world, implementation)
+        if expert_parallel == 1:
+            return load_model(source, implementation).to(world.device)
+        spread = distributed_config(world, expert_parallel)
+    return load_model(source, implementation, distributed=spread)  # while it does, the processes speak to each other
 
 
 def load_sharded(source: Checkpoint, world: World, implementation: str | None = None) -> PreTrainedModel:

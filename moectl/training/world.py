@@ -61,17 +61,26 @@ class World:
         Raises:
             SaidElsewhere: in the others.
         """
-        problem = None
+        problem: MoectlError | OSError | None = None
         try:
             yield
-        except MoectlError as error:
+        except (MoectlError, OSError) as error:
             problem = error
         code_P = torch.zeros(self.size, dtype=torch.int64, device=self.device)
-        code_P[self.rank] = problem.exit_code if problem else 0
-        codes = self.sum(code_P).tolist()
+        code_P[self.rank] = getattr(problem, "exit_code", MachineError.exit_code) if problem else 0
+        try:
+            codes = self.sum(code_P).tolist()
+        except RuntimeError:  # another one is lost, which matters less than what is known
+            if problem:
+                raise problem from None
+            raise
         speaker = next((rank for rank, code in enumerate(codes) if code), None)
         if speaker is not None:
             raise problem if problem and speaker == self.rank else SaidElsewhere(codes[speaker])
+
+    def said_once(self, error: MoectlError) -> MoectlError:
+        """What to raise of an error that all processes have found: the first one says it."""
+        return error if self.is_main else SaidElsewhere(error.exit_code)
 
     def barrier(self) -> None:
         """Wait for all."""
@@ -98,13 +107,18 @@ def joined(device: str) -> Iterator[World]:
 
     Raises:
         MachineError: the device is not there, or another process was lost or not found.
+        SaidElsewhere: another process of this machine says so.
         UsageError: the device is no device.
     """
     rank, size = rank_and_size()
-    chosen = _device(device, local_rank() if size > 1 else None)
     if size == 1:
-        yield World(0, 1, chosen)
+        yield World(0, 1, _device(device, None))
         return
+    with _courtesy():
+        try:
+            chosen = _device(device, local_rank())
+        except MoectlError as error:  # as all processes of a machine find, before they can speak to each other
+            raise SaidElsewhere(error.exit_code) if local_rank() else error from None
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     try:
@@ -116,12 +130,8 @@ def joined(device: str) -> Iterator[World]:
             "Start all of them with torchrun, or unset WORLD_SIZE to train in one process.",
         ) from error
     try:
-        yield World(rank, size, chosen)
-    except SaidElsewhere:
-        # torchrun ends all of them when one has ended, so the one that says why has to be the first.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        time.sleep(COURTESY)
-        raise
+        with _courtesy():
+            yield World(rank, size, chosen)
     except RuntimeError as error:
         if not any(word in str(error).lower() for word in ("gloo", "nccl", "connection")):
             raise
@@ -132,6 +142,17 @@ def joined(device: str) -> Iterator[World]:
         ) from error
     finally:
         distributed.destroy_process_group()
+
+
+@contextmanager
+def _courtesy() -> Iterator[None]:
+    """Let the process that says why all of them end be the first: torchrun ends all when one has ended."""
+    try:
+        yield
+    except SaidElsewhere:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(COURTESY)
+        raise
 
 
 def _device(name: str, local_rank: int | None) -> torch.device:

@@ -9,8 +9,9 @@ from moectl.checkpoint.expressions import Concat, Expression, Literal, Stack
 from moectl.checkpoint.plan import OutputTensor, planned
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import UsageError
+from moectl.families.registry import MOE, PAIRS
 from moectl.families.shapes import resolved
-from moectl.families.spec import Ffn, GatedMlp, MoeFamily, PlainMlp
+from moectl.families.spec import Ffn, GatedMlp, MoeFamily, Pair, PlainMlp
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,22 @@ def check_experts(moe: MoeFamily, experts: int) -> None:
             f"Its router compares groups of experts by the best {moe.fewest_experts} of each.",
             f"Give at least {moe.fewest_experts}, or choose another family with --into.",
         )
+
+
+def check_dense_layers(pair: Pair, dense_layers: Sequence[int]) -> None:
+    """Refuse dense layers between MoE layers where the family has no place for them.
+
+    Raises:
+        UsageError: there are some.
+    """
+    if not dense_layers or MOE[pair.moe].dense_layers is not None:
+        return
+    able = [other.moe for other in PAIRS if other.dense == pair.dense and MOE[other.moe].dense_layers is not None]
+    raise UsageError(
+        f"{pair.moe} cannot keep layers {', '.join(map(str, dense_layers))} dense.",
+        "All its layers are MoE layers.",
+        f"Leave --layers out{', or give --into ' + ' or '.join(able) if able else ''}.",
+    )
 
 
 def emit(block: MoeLayer, moe: MoeFamily, sources: Sequence[Checkpoint], dtype: str) -> Iterator[OutputTensor]:

@@ -19,12 +19,12 @@ from moectl.checkpoint.dtypes import FLOATS, TORCH_NAMES
 from moectl.checkpoint.expressions import Copy, Expression, Index, Init, Mean
 from moectl.checkpoint.plan import OutputTensor, Plan, planned
 from moectl.checkpoint.source import Checkpoint
-from moectl.errors import InputError, UsageError
+from moectl.errors import InputError
 from moectl.families import config as configs
 from moectl.families.registry import DENSE, MOE
 from moectl.families.spec import Ffn, PlainMlp
 from moectl.text import escape
-from moectl.upcycle.block import MoeLayer, check_experts, emit
+from moectl.upcycle.block import MoeLayer, check_dense_layers, check_experts, emit
 from moectl.upcycle.btx_card import btx_card
 from moectl.upcycle.btx_models import Model, Models
 from moectl.upcycle.btx_recipe import BtxRecipe, Expert
@@ -51,12 +51,7 @@ def plan_btx(models: Models, recipe: BtxRecipe, directory: Path) -> Plan:
     width = _expert_width(base, recipe)
     layers = chosen_layers(recipe.layers, config["num_hidden_layers"])
     dense_layers = [layer for layer in range(config["num_hidden_layers"]) if layer not in layers]
-    if dense_layers and moe.dense_layers is None:
-        raise UsageError(
-            f"{moe.model_type} cannot keep layers {', '.join(map(str, dense_layers))} dense.",
-            "All its layers are MoE layers.",
-            "Leave --layers out, or choose another family with --into.",
-        )
+    check_dense_layers(pair, dense_layers)
     check_experts(moe, recipe.num_experts)
     kind = shared_kind(pair, None)
     check_width(kind, moe, recipe.split)

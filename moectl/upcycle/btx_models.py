@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moectl.checkpoint.expressions import Copy, Expression, substituted
+from moectl.checkpoint.expressions import Expression, moved, substituted
 from moectl.checkpoint.source import Checkpoint, read_json
 from moectl.errors import InputError, UsageError
 from moectl.families import config as configs
@@ -156,20 +155,6 @@ class _Opener:
                 return place
         self.sources.append(source)
         return len(self.sources) - 1
-
-
-def moved(x: Expression, place: int) -> Expression:
-    """The expression with every source tensor taken from the source at `place`."""
-    if isinstance(x, Copy):
-        return Copy(x.tensor, place)
-    changed: dict[str, Any] = {}
-    for each in dataclasses.fields(x):
-        value = getattr(x, each.name)
-        if isinstance(value, Expression):
-            changed[each.name] = moved(value, place)
-        elif each.name == "parts":
-            changed[each.name] = tuple(moved(part, place) for part in value)
-    return dataclasses.replace(x, **changed)
 
 
 def _pair(base: Model, recipe: BtxRecipe) -> Pair:

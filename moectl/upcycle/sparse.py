@@ -11,13 +11,13 @@ from typing import Any
 
 from moectl.checkpoint.plan import Plan
 from moectl.checkpoint.source import Checkpoint
-from moectl.errors import InputError, UsageError
+from moectl.errors import InputError
 from moectl.families import config as configs
 from moectl.families.quantised import weights_of
 from moectl.families.registry import DENSE, MOE, find_pair
 from moectl.families.shapes import check_tensors
 from moectl.families.spec import Ffn, MoeFamily
-from moectl.upcycle.block import MoeLayer, check_experts
+from moectl.upcycle.block import MoeLayer, check_dense_layers, check_experts
 from moectl.upcycle.experts import routed_experts, router_rows
 from moectl.upcycle.planning import finished_plan, tensors_of
 from moectl.upcycle.recipe import SparseRecipe, chosen_layers
@@ -45,7 +45,7 @@ def plan_sparse(source: Checkpoint, recipe: SparseRecipe) -> Plan:
     width = _expert_width(config["intermediate_size"], recipe)
     moe_layers = chosen_layers(recipe.layers, config["num_hidden_layers"])
     dense_layers = [layer for layer in range(config["num_hidden_layers"]) if layer not in moe_layers]
-    _check_dense_layers(moe, dense_layers)
+    check_dense_layers(pair, dense_layers)
     shared = shared_kind(pair, "residual" if recipe.residual else "copy" if recipe.shared_experts else None)
     check_experts(moe, recipe.experts)
     check_width(shared, moe, recipe.granularity)
@@ -98,13 +98,3 @@ def _expert_width(intermediate_size: int, recipe: SparseRecipe) -> int:
             "Choose a granularity that divides it.",
         )
     return intermediate_size // recipe.granularity
-
-
-def _check_dense_layers(moe: MoeFamily, dense_layers: list[int]) -> None:
-    if dense_layers and moe.dense_layers is None:
-        able = ", ".join(sorted(family.model_type for family in MOE.values() if family.dense_layers))
-        raise UsageError(
-            f"{moe.model_type} cannot keep layers {', '.join(map(str, dense_layers))} dense.",
-            "All its layers are MoE layers.",
-            f"Leave --layers out, or choose a family that can with --into: {able}.",
-        )

@@ -39,7 +39,7 @@ from moectl.families.quantised import weights_of
 from moectl.families.registry import DENSE, MOE, PAIRS, find_pair
 from moectl.families.shapes import check_tensors
 from moectl.families.spec import Config, Ffn, MoeFamily, Pair, PlainMlp
-from moectl.upcycle.block import MoeLayer, check_experts
+from moectl.upcycle.block import MoeLayer, check_dense_layers, check_experts
 from moectl.upcycle.experts import scale_factors, scaled
 from moectl.upcycle.planning import facts_of, tensors_of
 from moectl.upcycle.recipe import chosen_layers
@@ -81,12 +81,7 @@ def plan_split(
     width = _part_width(config["intermediate_size"], recipe)
     layers = chosen_layers(recipe.layers, config["num_hidden_layers"])
     dense_layers = [layer for layer in range(config["num_hidden_layers"]) if layer not in layers]
-    if dense_layers and moe.dense_layers is None:
-        raise UsageError(
-            f"{moe.model_type} cannot keep layers {', '.join(map(str, dense_layers))} dense.",
-            "All its layers are MoE layers.",
-            "Leave --layers out, or choose another family with --into.",
-        )
+    check_dense_layers(pair, dense_layers)
     assert not recipe.measured or activations is not None, "shared experts and active clusters need activations"
     fields = {
         "num_experts": recipe.routed,

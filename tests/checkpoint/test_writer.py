@@ -139,6 +139,13 @@ def test_a_finished_output_of_the_same_plan_is_done(dense: Path, tmp_path: Path)
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "moe").iterdir()}
 
 
+def test_a_finished_output_is_read_again_and_progress_is_told(dense: Path, tmp_path: Path) -> None:
+    made, heard = plan(dense), list[int]()
+    write(made, tmp_path / "moe")
+    assert write(plan(dense), tmp_path / "moe", on_bytes=heard.append).shards_written == 0
+    assert sum(heard) == made.nbytes
+
+
 def test_the_same_recipe_over_other_weights_is_not_done(dense: Path, tmp_path: Path) -> None:
     write(plan(dense, RECIPE), tmp_path / "moe")
     weights = bytearray((dense / "model.safetensors").read_bytes())

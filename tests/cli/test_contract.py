@@ -156,6 +156,14 @@ def test_an_existing_output_exits_2_and_stays(dense, tmp_path):
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
+def test_nothing_is_written_into_a_source_statistics_neither(dense, tmp_path):
+    before = sorted((tmp_path / "dense").iterdir())
+    done = moectl("upcycle", "split", dense, "-o", "dense/inside", "--experts", "2", "--quiet")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert_short_error(done.stderr, "inside")
+    assert sorted((tmp_path / "dense").iterdir()) == before
+
+
 def test_making_a_checkpoint_prints_its_path_and_no_more(dense):
     done = moectl("upcycle", "sparse", dense, "-o", "out")
     assert (done.returncode, done.stdout) == (0, "out\n")

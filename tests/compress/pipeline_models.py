@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from installed import installed
 from torch import Tensor
 
 from moectl.checkpoint.source import Checkpoint
@@ -22,11 +23,13 @@ NO_LANGUAGE_MODEL = {
     *("qwen3_omni_moe_talker_text", "qwen3_vl_moe_text", "step3p5", "unlimited_ocr_text", "vitpose_backbone"),
 }
 """Parts of larger models, and models that predict no tokens."""
-TWO_STACKS = ["nllb-moe", "switch_transformers"]
-FAMILIES = sorted(
-    {each for family in experts_classes() if family != "vitpose_backbone" for each in model_types(family)}
-    - NO_LANGUAGE_MODEL
-    - set(TWO_STACKS)
+TWO_STACKS = installed("nllb-moe", "switch_transformers")
+FAMILIES = installed(
+    *sorted(
+        {each for family in experts_classes() if family != "vitpose_backbone" for each in model_types(family)}
+        - NO_LANGUAGE_MODEL
+        - {"nllb-moe", "switch_transformers"}
+    )
 )
 """Every decoder MoE family of the installed transformers that predicts tokens."""
 

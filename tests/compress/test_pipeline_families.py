@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from installed import needs
 from pipeline_models import FAMILIES, TWO_STACKS, Exact, saved, token_ids
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -169,6 +170,7 @@ def test_hessians_are_those_of_what_each_matrix_is_multiplied_with(
         assert tokens == sum(len(part) for part in reference.rows.get(key, [])), key
 
 
+@needs("doge")
 def test_a_model_without_matrices_of_experts_is_refused(tmp_path: Path) -> None:
     source, _ = saved(tmp_path / "model", "doge")
     with pytest.raises(InputError, match="has no experts whose matrices can be quantised"):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from installed import installed
 from pruned_models import EXPERTS, loaded, logits, made, masked, written
 from transformers import CONFIG_MAPPING
 
@@ -23,7 +24,7 @@ from moectl.families.registry import MOE
 from moectl.families.tiny_moe import model_types, tiny_moe
 from moectl.layerwise.quiet import quiet
 
-INSTALLED = [family for family in PRUNABLE if family in CONFIG_MAPPING]
+INSTALLED = installed(*(family for family in PRUNABLE if family in CONFIG_MAPPING))
 
 
 def by_weights(layout: Layout) -> Scores:
@@ -118,7 +119,7 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None
     loaded(out)
 
 
-@pytest.mark.parametrize("family", ["switch_transformers", "doge", "dbrx"])
+@pytest.mark.parametrize("family", installed("switch_transformers", "doge", "dbrx"))
 def test_a_refused_family_is_refused_with_its_reason(family: str, tmp_path: Path) -> None:
     source = made(tmp_path / "whole", family)
     with pytest.raises(InputError) as caught:

@@ -33,7 +33,7 @@ from trees import tree
 from typer.testing import CliRunner
 
 import moectl.integrations.transformers as ours
-from moectl.checkpoint import hub
+from moectl.checkpoint import hub, provenance
 from moectl.checkpoint.source import Checkpoint
 from moectl.cli import qmoe as command
 from moectl.cli.main import app
@@ -181,6 +181,17 @@ def test_a_second_run_changes_nothing_and_does_nothing(place: Path, coded: Path,
     assert strict(run(place, coded, "--json").stdout)["already_complete"]
     assert states(coded) == before
     assert names(coded.parent) == [coded.name]
+
+
+def test_what_is_there_is_read_by_one_process_which_says_so(
+    place: Path, coded: Path, no_work: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert f"{coded} exists: checking its tensors." in run(place, coded).stderr
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(provenance, "Hasher", None)
+    done = run(place, coded)
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_what_a_killed_run_left_is_tidied_up(place: Path, room: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from installed import installed
 from pipeline_models import FAMILIES, TWO_STACKS
 from transformers import CONFIG_MAPPING
 
@@ -24,7 +25,7 @@ from moectl.layerwise.quiet import quiet
 INSTALLED = {
     model_type
     for family in experts_classes()
-    for model_type in (model_types(family) if family != "vitpose_backbone" else [family])
+    for model_type in installed(*(model_types(family) if family != "vitpose_backbone" else [family]))
 }
 
 

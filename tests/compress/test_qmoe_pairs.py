@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from installed import needs
 from pipeline_models import TWO_STACKS
 from qmoe_runs import COUNTING, SMALL, compress, made_moe, memory, texts
 
@@ -84,6 +85,7 @@ def test_spans_are_elsewhere_in_every_text_and_the_same_every_time() -> None:
     assert taken_N.mean() == pytest.approx(0.15 * 200, rel=0.1) and 0 < taken_N.min() < taken_N.max() < 0.3 * 200
 
 
+@needs("switch_transformers")
 def test_sentinels_are_counted_from_their_names(room: Path) -> None:
     checkpoint = Checkpoint.open(made(room / "moe", "switch_transformers", SENTINELS))
     assert sentinel_ids(load_tokenizer(checkpoint)) == [261, 260, 259, 258]

@@ -85,7 +85,7 @@ def test_what_cannot_be_measured_is_refused(
     with pytest.raises(MachineError, match="half of the free memory"):
         change(*pair, DATA, never)
     with quiet():
-        tiny_moe("switch_transformers").save_pretrained(tmp_path / "switch")
+        tiny_moe("nllb-moe").save_pretrained(tmp_path / "switch")
     switch = Checkpoint.open(str(tmp_path / "switch"))
     with pytest.raises(InputError, match="encoder-decoder"):
         change(switch, switch, DATA, never)

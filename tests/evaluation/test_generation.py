@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import Result
 from coded_models import write_coded
+from installed import needs
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -92,6 +93,7 @@ def test_sampling_follows_the_seed(place: Path) -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
+@needs("switch_transformers")
 def test_an_encoder_decoder_answers(place: Path) -> None:
     coded, plain = (written(place / "switch" / kind, "translate me")[0] for kind in ("coded", "plain"))
     assert coded.text == plain.text and coded.new_tokens == 24

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from coded_models import write_coded
+from installed import installed
 from safetensors.torch import load_file, save_file
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
@@ -16,9 +17,9 @@ from moectl.checkpoint.source import Checkpoint
 from moectl.checkpoint.writer import write
 from moectl.errors import InputError
 from moectl.evaluation.inspect import Inspection, inspect
-from moectl.families.tiny import tiny_model
 from moectl.families.tiny_moe import tiny_moe
 from moectl.integrations.transformers import load
+from moectl.layerwise.active import shares_of
 from moectl.layerwise.routed import plan_of, routed_plan
 
 
@@ -213,30 +214,29 @@ def test_a_matrix_of_3072_is_one_however_it_is_quantised(way: str, tmp_path: Pat
     )
 
 
-FAMILIES = {  # sizes, and how many of 8 experts work on a token
-    "deepseek_v3": ({}, 2),
-    "gemma4_text": ({}, 2),
-    "gpt_oss": ({}, 2),
-    "jetmoe": ({}, 2),
-    "longcat_flash": ({"zero_expert_num": 8}, 1),
-    "muse_spark_text": ({}, 2),
-    "qwen2_moe": ({}, 2),
-    "qwen3": ({}, None),
-}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", installed("deepseek_v3", "gemma4_text", "gpt_oss", "jetmoe", "muse_spark_text", "qwen2_moe")
+)
 def test_families_name_their_experts_in_many_ways(family: str, tmp_path: Path) -> None:
-    """Experts are the parameters that have one dimension more than a matrix."""
-    sizes, top_k = FAMILIES[family]
-    model = (tiny_model if top_k is None else tiny_moe)(family, **sizes)
+    """Experts are all that has a first dimension for them, routers apart; two of eight work."""
+    model = tiny_moe(family)
     model.save_pretrained(tmp_path)
     found = inspected(tmp_path)
-    experts = sum(each.numel() for each in model.parameters() if each.ndim == 3 and len(each) == 8)
-    state = sum(each.numel() for name, each in model.named_buffers() if name in model.state_dict())
-    assert found.parameters == sum(each.numel() for each in model.parameters()) + state
-    assert found.top_k == top_k
-    assert found.active_parameters == pytest.approx(found.parameters - experts * (1 - (top_k or 8) / 8), rel=3e-3)
+    stacked = [value for name, value in model.named_parameters() if value.ndim == 3 or name.endswith("_proj_bias")]
+    state = sum(value.numel() for name, value in model.named_buffers() if name in model.state_dict())
+    assert found.parameters == sum(value.numel() for value in model.parameters()) + state
+    idle = sum(value.numel() for value in stacked if len(value) == 8) * 6 // 8
+    assert found.active_parameters == pytest.approx(found.parameters - idle, rel=3e-3)
+
+
+def test_choices_that_compute_nothing_are_not_counted() -> None:
+    longcat = {"model_type": "longcat_flash", "n_routed_experts": 512, "zero_expert_num": 256, "moe_topk": 12}
+    assert shares_of(longcat, {}).active == 8
+
+
+def test_a_config_of_feed_forward_layers_says_how_many_experts_there_are() -> None:
+    dbrx = {"model_type": "dbrx", "ffn_config": {"moe_num_experts": 16, "moe_top_k": 4}}
+    assert (shares_of(dbrx, {}).experts, shares_of(dbrx, {}).active) == (16, 4)
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from installed import installed
 from torch import Tensor
 
 from moectl.errors import InputError
 from moectl.families.tiny_moe import tiny_inputs, tiny_moe
 from moectl.integrations.transformers import pack, unpack
 
-FAMILIES = ["mixtral", "gpt_oss", "nemotron_h", "inkling2_text", "deepseek_v4", "aria_text"]
+FAMILIES = installed("mixtral", "gpt_oss", "nemotron_h", "inkling2_text", "deepseek_v4", "aria_text")
 
 
 def frozen(model_type: str) -> Any:
@@ -75,9 +76,9 @@ def test_a_packed_model_is_not_saved(tmp_path: Path) -> None:
 def test_what_cannot_be_packed_is_refused_and_left_alone() -> None:
     trained = frozen("mixtral").train()
     learning = frozen("mixtral").requires_grad_()
-    normed = frozen("muse_spark_text")
+    normed = [(frozen(each), "norm") for each in installed("muse_spark_text")]
     double = frozen("mixtral").double()
-    for model, reason in ((trained, "training"), (learning, "gradients"), (normed, "norm"), (double, "packed")):
+    for model, reason in ((trained, "training"), (learning, "gradients"), *normed, (double, "packed")):
         before = len(weights(model))
         with pytest.raises(InputError, match=reason):
             pack(model)

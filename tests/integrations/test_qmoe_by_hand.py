@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from coded_models import expert_matrices, same_tensors, write_coded
+from installed import installed
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -29,7 +30,7 @@ from moectl.families.backend import experts_classes
 from moectl.families.tiny_moe import model_types, tiny_inputs, tiny_moe
 
 NO_MATRICES = ("doge", "vitpose_backbone")
-KINDS = [each for family in experts_classes() if family not in NO_MATRICES for each in model_types(family)]
+KINDS = installed(*(each for name in experts_classes() if name not in NO_MATRICES for each in model_types(name)))
 PARTS = set(KINDS) & REFUSED.keys()
 """Parts of larger models, and models that predict no tokens. They load by classes of their own; `compress` and
 `decompress` take language models."""

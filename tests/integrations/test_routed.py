@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from installed import installed
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -20,6 +21,7 @@ from moectl.cli.main import app
 from moectl.data.tokens import BYTE_EOS_ID, byte_tokenizer
 from moectl.errors import InputError, UsageError
 from moectl.families.components import experts_and_top_k
+from moectl.families.releases import RECORDS
 from moectl.families.tiny import tiny_model
 from moectl.families.tiny_moe import tiny_moe
 from moectl.integrations.routed.held import HeldRouter
@@ -126,7 +128,14 @@ def _context(hidden_TD: torch.Tensor) -> Any:
     return Context(hidden_TD=hidden_TD)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "olmoe", "gpt_oss", "granitemoe", "ernie4_5_moe"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *("qwen3_moe", "olmoe", "gpt_oss", "ernie4_5_moe"),
+        *installed("deepseek_v3", since=RECORDS),
+        *installed("granitemoe", since="5.21"),
+    ],
+)
 def test_families_whose_router_can_be_replaced(family: str) -> None:
     """With the router that each has, in ours: the same logits, but for rounding."""
     rule = {"olmoe": "olmoe", "granitemoe": "gpt-oss", "gpt_oss": "gpt-oss", "qwen3_moe": "mixtral"}.get(family)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from installed import needs
 from torch import Tensor, nn
 
 from moectl.routers.protocol import NO_EXPERT, Context, Router
@@ -198,6 +199,7 @@ def test_gshard_is_the_router_of_nllb(shared: bool) -> None:
     torch.testing.assert_close(dense(routing.weight_TK, routing.index_TK)[:, :8], weight_TE, atol=1e-6, rtol=1e-6)
 
 
+@needs("switch_transformers")
 @pytest.mark.parametrize("room", [1, 3, 100])
 def test_switch_drops_what_switch_transformers_drops(room: int) -> None:
     """Its room is a number of places per expert and sequence, whatever the length."""

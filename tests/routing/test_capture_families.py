@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from installed import installed
 from torch import Tensor, nn
 
 from moectl.errors import InputError
@@ -32,7 +33,7 @@ ADAPTED = {
 }
 """Families that need an adapter. MXFP4 gpt-oss does too; it needs a GPU's kernels to run and is tested beside this."""
 
-FAMILIES = [family for family in experts_classes() if family not in REFUSED]
+FAMILIES = [each for each in experts_classes() if each not in REFUSED and installed(*model_types(each))]
 
 Spy = Callable[[Tap, nn.Module], Callable[[], Tensor]]
 """Watches one point of a model; then gives the weights [T, E] that its experts worked with."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from installed import installed
 
 from moectl.checkpoint.source import Checkpoint
 from moectl.data.tokens import BYTE_EOS_ID, byte_tokenizer
@@ -201,7 +202,7 @@ def test_one_layer_at_a_time_is_the_same(mixtral: Checkpoint, data: list[str]) -
         assert np.array_equal(mine.count_BE, theirs.count_BE)
 
 
-@pytest.mark.parametrize("model_type", ["switch_transformers", "nllb-moe"])
+@pytest.mark.parametrize("model_type", installed("switch_transformers", "nllb-moe"))
 def test_encoder_and_decoder_are_streams_of_their_own(model_type: str, data: list[str], tmp_path: Path) -> None:
     """Both read every document; what is dropped over capacity is counted."""
     recordings = record(save(model_type, tmp_path), data, settings())

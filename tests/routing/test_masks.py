@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from installed import installed
 from synthetic import trace
 from torch import Tensor
 
@@ -150,7 +151,9 @@ def _tell(experts: torch.nn.Module, given: list[tuple[Tensor, Tensor]]) -> None:
     experts.forward = told
 
 
-@pytest.mark.parametrize("family", ["jetmoe", "llama4_text", "switch_transformers", "nllb-moe", "doge", "deepseek_v4"])
+@pytest.mark.parametrize(
+    "family", installed("jetmoe", "llama4_text", "switch_transformers", "nllb-moe", "doge", "deepseek_v4")
+)
 def test_what_cannot_be_masked_is_refused(family: str) -> None:
     model = tiny_moe(family)
     inputs = tiny_inputs(model)

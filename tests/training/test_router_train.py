@@ -15,6 +15,7 @@ import pytest
 import tiny_routed as routed
 import tiny_training as models
 import torch
+from installed import needs
 from tiny_routed import trained
 from tiny_training import ONE
 from torch.nn.functional import kl_div, nll_loss, normalize
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM
 from moectl.checkpoint.source import Checkpoint
 from moectl.errors import InputError, UsageError
 from moectl.evaluation.generation import Settings, generate
+from moectl.families.releases import RECORDS
 from moectl.integrations.routed.held import HeldRouter
 from moectl.integrations.routed.install import held
 from moectl.integrations.transformers import load
@@ -117,6 +119,7 @@ def test_what_the_family_has_no_place_for_is_never_lost(moe: Path, data: tuple[s
     assert 0 < beta.abs().max() < 1e-6
 
 
+@needs("switch_transformers")
 @pytest.mark.parametrize(("family", "ours"), [(300, 290), (290, 300)])
 def test_rooms_of_different_sizes_are_told_apart(family: int, ours: int, data: tuple[str, str], tmp_path: Path) -> None:
     source = routed.save_switch(tmp_path / "moe", expert_capacity=family)
@@ -126,6 +129,7 @@ def test_rooms_of_different_sizes_are_told_apart(family: int, ours: int, data: t
     assert routed.config(out)["model_type"] == "moectl_routed"
 
 
+@needs("deepseek_v3", since=RECORDS)
 def test_selection_biases_move_and_return_to_the_family(data: tuple[str, str], tmp_path: Path) -> None:
     source = models.save_moe(tmp_path / "moe", "deepseek_v3", num_hidden_layers=3, norm_topk_prob=True)
     stated = routed.config(source)
@@ -273,6 +277,7 @@ def test_mixture_of_depths_is_the_layer_on_the_chosen_tokens_alone(moe: Path, tm
     assert told.new_tokens == 2
 
 
+@needs("switch_transformers")
 def test_soft_moe_is_slots_through_experts_in_the_encoder_alone(tmp_path: Path, data: tuple[str, str]) -> None:
     source = routed.save_switch(tmp_path / "moe")
     model = routed_model(source, tmp_path, "soft-moe:slots=2")
@@ -293,6 +298,7 @@ def test_soft_moe_is_slots_through_experts_in_the_encoder_alone(tmp_path: Path, 
     assert routed.config(out)["router"]["name"] == "soft-moe" and load(out).config.is_encoder_decoder
 
 
+@needs("switch_transformers")
 def test_an_encoder_decoder_learns_to_fill_in_spans(tmp_path: Path, data: tuple[str, str]) -> None:
     source = routed.save_switch(tmp_path / "moe")
     out = trained(source, tmp_path / "out", data, None, steps=30, aux_loss=0.01, learning_rate=1e-2)

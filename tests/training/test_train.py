@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import tiny_training as models
 import torch
+from installed import needs
 from plain_loop import train as plain_loop
 from safetensors.torch import load_file, save_file
 from tiny_training import ONE
@@ -31,6 +32,7 @@ from moectl.checkpoint.writer import write
 from moectl.cli.main import app
 from moectl.data.mixture import mixture_rows
 from moectl.errors import CheckFailed, InputError, MachineError, UsageError
+from moectl.families.releases import RECORDS
 from moectl.integrations.transformers import NAME
 from moectl.training import run
 from moectl.training.live import sparkline
@@ -178,6 +180,7 @@ def test_the_balancing_loss_reaches_the_router(tmp_path: Path, data: tuple[str, 
     assert found[10.0][0] < 0.7 * found[0.0][0] and found[10.0][1] < found[0.0][1]
 
 
+@needs("deepseek_v3", since=RECORDS)
 def test_selection_biases_move_by_their_rate_and_are_saved(tmp_path: Path, data: tuple[str, str]) -> None:
     path = models.save_moe(tmp_path / "moe", "deepseek_v3", num_hidden_layers=3)
     recipe = models.recipe(data, steps=3, warmup=0, aux_loss=0.0, bias_update=0.01)

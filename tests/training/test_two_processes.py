@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 import tiny_training as models
 import torch
+from installed import needs
 from safetensors.torch import load_file, save_file
 from tiny_training import ONE
 
 from moectl.checkpoint.source import Checkpoint
 from moectl.checkpoint.writer import write
+from moectl.families.releases import RECORDS
 from moectl.training.metrics import read_metrics
 from moectl.training.run import METRICS, train
 from moectl.upcycle.pesc import Base, PescRecipe, plan_pesc
@@ -47,15 +49,28 @@ def save_models_to_load(directory: Path) -> None:
     save_file(tensors, parted / "model.safetensors", {"format": "pt"})
 
 
+def save_what_is_refused(directory: Path) -> None:
+    """A quantised model, one of numbers that are none, and a file that holds no steps."""
+    quantised, broken = models.save_moe(directory / "quantised"), models.save_moe(directory / "broken")
+    config = json.loads((quantised / "config.json").read_text())
+    (quantised / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    tensors = models.tensors(broken)
+    tensors["model.norm.weight"].fill_(torch.nan)
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    (directory / "found-before.json").write_text("[]\n")
+
+
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
 
 
+@needs("deepseek_v3", since=RECORDS)
 def test_two_processes_compute_the_same_step_and_resume(tmp_path: Path) -> None:
     data = models.write_data(tmp_path / "data")
     moe = models.save_moe(tmp_path / "moe")
     models.save_moe(tmp_path / "ds", "deepseek_v3", num_hidden_layers=3)
     save_models_to_load(tmp_path / "load")
+    save_what_is_refused(tmp_path)
     pesc = PescRecipe(experts=4, adapter_dim=8, lora_rank=2)
     write(plan_pesc(Base.open(str(models.save_dense(tmp_path / "dense"))), pesc), tmp_path / "pesc")
     script = [str(HERE / "two_processes.py"), str(tmp_path)]
@@ -88,6 +103,15 @@ def test_two_processes_compute_the_same_step_and_resume(tmp_path: Path) -> None:
     for name, tensor in together.items():
         difference = (alone[name].double() - tensor.double()).norm() / tensor.double().norm()
         assert difference <= 1e-6, (name, difference)
+
+    assert found["refused"] == {
+        "the model is quantised": [["InputError", 3], ["SaidElsewhere", 3]],
+        "there is nothing to train": [["InputError", 3], ["SaidElsewhere", 3]],
+        "the loss is not finite": [["CheckFailed", 5], ["SaidElsewhere", 5]],
+        "the file of steps is another's": [["UsageError", 2], ["SaidElsewhere", 2]],
+        "the disk is full": [["OSError", None], ["SaidElsewhere", 4]],
+        "a process cannot read the data": [["SaidElsewhere", 3], ["InputError", 3]],
+    }
 
     assert found["room"]["apart"] == found["room"]["whole"] and any(map(any, found["room"]["whole"]))
     for router, accumulate in models.COUNTING.items():

@@ -2,17 +2,22 @@
 
     torchrun --standalone --nproc-per-node 2 two_processes.py DIRECTORY
 
-The first process writes what was found to DIRECTORY/found.json. DIRECTORY holds moe/, ds/, pesc/, load/ and data/.
+The first process writes what was found to DIRECTORY/found.json. DIRECTORY holds moe/, ds/, pesc/, load/, data/
+and what is refused: quantised/, broken/ and found-before.json.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import tiny_training as models
 import torch
@@ -20,6 +25,7 @@ from tiny_training import ONE
 from torch.distributed.tensor import DTensor
 
 from moectl.checkpoint.source import Checkpoint
+from moectl.errors import InputError, MoectlError
 from moectl.routers.minimax_01 import MiniMax01, MiniMax01Options
 from moectl.routers.protocol import Context
 from moectl.training.adapters import Source, open_source, saved
@@ -89,6 +95,47 @@ def shared_room(world: World) -> dict[str, Any]:
     return {"apart": world.sum(dropped_TK).tolist(), "whole": whole_TK.tolist()}
 
 
+def refusals(directory: Path, data: tuple[str, ...], world: World) -> dict[str, list[Any]]:
+    """How each process ends where something is wrong: for both, for the first alone, or for the second alone."""
+    recipe = models.recipe(data)
+    moe, quantised, broken, dense = (
+        Checkpoint.open(directory / name) for name in ("moe", "quantised", "broken", "load/llama")
+    )
+    full = OSError(errno.ENOSPC, "No space left on device")
+    torn = Run(moe, recipe, directory / "none", world)
+    if not world.is_main:
+        torn.rows = iter(lambda: _raise(InputError("The data is gone.", "", "")), None)
+
+    def unpublished() -> None:
+        with patch("moectl.training.run.publish", side_effect=full):
+            train(moe, recipe, directory / "refused", world)
+
+    ways: dict[str, Callable[[], object]] = {
+        "the model is quantised": lambda: Run(quantised, recipe, directory / "none", world),
+        "there is nothing to train": lambda: Run(dense, replace(recipe, only="router"), directory / "none", world),
+        "the loss is not finite": lambda: train(broken, recipe, directory / "refused", world),
+        "the file of steps is another's": lambda: train(
+            moe, recipe, directory / "refused", world, metrics=directory / "found-before.json"
+        ),
+        "the disk is full": unpublished,
+        "a process cannot read the data": torn.advance,
+    }
+    found = {}
+    for name, way in ways.items():
+        try:
+            way()
+        except (MoectlError, OSError) as error:
+            ended: list[Any] = [None] * world.size
+            said = type(error).__name__, getattr(error, "exit_code", None)
+            torch.distributed.all_gather_object(ended, said)
+            found[name] = ended
+    return found
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
 def main(directory: Path, world: World) -> dict[str, Any]:
     """Everything that two processes are needed for, in one launch."""
     found: dict[str, Any] = {}
@@ -136,6 +183,7 @@ def main(directory: Path, world: World) -> dict[str, Any]:
     found["room"] = shared_room(world)
     for router in models.COUNTING:
         train(source, models.routed_recipe(data, router), directory / models.named(router), world)
+    found["refused"] = refusals(directory, data, world)
     return found
 
 

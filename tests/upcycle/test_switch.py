@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from installed import installed, needs
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 
@@ -170,7 +171,7 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize("field", SPOILT)
+@pytest.mark.parametrize("field", SPOILT if installed("switch_transformers") else SPOILT.keys() - {"expert_capacity"})
 def test_the_tolerance_can_fail(field: str, tmp_path: Path) -> None:
     """Planted errors: tokens beyond an expert's capacity are dropped, and every translated field matters."""
     dense = reload(dense_t5(tmp_path / "dense", layer_norm_epsilon=3e-2))
@@ -244,6 +245,7 @@ def test_names_of_old_checkpoints(tmp_path: Path) -> None:
         plan_sparse(Checkpoint.open(path), SparseRecipe(top_k=1))
 
 
+@needs("switch_transformers")
 def test_verify_compares_encoder_decoders(tmp_path: Path) -> None:
     """Same ids for both stacks; a capacity too short for them is seen."""
     dense = Checkpoint.open(dense_t5(tmp_path / "dense"))
@@ -261,6 +263,7 @@ def test_absurd_depths_are_cheap_to_refuse(tmp_path: Path) -> None:
         plan_sparse(Checkpoint.open(path), SparseRecipe(top_k=1))
 
 
+@needs("switch_transformers")
 def test_a_zero_router_learns(tmp_path: Path) -> None:
     """Its gradient is not zero, so the first step of training tells the experts apart; the router's losses count."""
     dense_t5(tmp_path / "dense", num_hidden_layers=2)

@@ -22,7 +22,7 @@ import torch
 from safetensors.numpy import save
 from torch import Tensor, nn
 
-from moectl.checkpoint.kept import identity
+from moectl.checkpoint.kept import identity, in_order
 from moectl.checkpoint.source import Checkpoint
 from moectl.compress.calibration import tokens_identity
 from moectl.compress.pipeline.finite import require_finite
@@ -248,7 +248,7 @@ def folder_of(checkpoint: Checkpoint, tokens_BL: Ids, method: Method, settings: 
 
 def _write(path: Path, tensors: dict[str, Any], report: LayerReport) -> None:
     arrays = {name: to_numpy(value) if isinstance(value, Tensor) else value for name, value in tensors.items()}
-    data = save(arrays, to_metadata(report))
+    data = save(in_order(arrays), to_metadata(report))
     digest = hashlib.sha256(data).hexdigest()
     if _noted(path) != digest:
         write_whole(note_file(path), json.dumps({"seconds": report.seconds, "sha256": digest}).encode())

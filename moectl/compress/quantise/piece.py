@@ -5,13 +5,13 @@ G matrices, R rows, N columns.
 
 from __future__ import annotations
 
-import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
 
 from moectl.compress.quantise.gptq import Factor
 from moectl.errors import InputError
+from moectl.integrations.qmoe.arrays import array_of
 
 Piece = dict[str, Tensor]
 """Quantised matrices. The first dimension of every tensor is G, so pieces are put together key by key. All have
@@ -72,8 +72,5 @@ def relative_error(lost_GR: Tensor, whole_GR: Tensor) -> Tensor:
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """A tensor as an array, bfloat16 too."""
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+    """A tensor as an array, bfloat16 too, row by row in memory."""
+    return array_of(tensor.contiguous())
