@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
+from typing import Any
 
 from small_traces import home_of, random_trace
 
+from moectl.routing.whatif.finding import Finding
 from moectl.traces.trace import RoutingTrace
 
 SHAPES = (
@@ -35,6 +38,21 @@ def ragged(
         own, at = each.layers[0], 2 * number + 1
         layers.append(replace(own, point=replace(own.point, name=f"layers.{at}", layer=at, null_experts=nulls)))
     return RoutingTrace(made[0].tokens, tuple(layers))
+
+
+TRACES = [ragged(number, *each) for number, each in enumerate(product(SHAPES, LENGTHS))]
+ONE_TOKEN = ragged(0, ((4, 2, 0), (6, 1, 0)), (1,))
+
+
+def cells(found: Finding) -> list[dict[str, Any]]:
+    """The rows of a finding's table, by column."""
+    return [dict(zip(found.columns, row, strict=True)) for row in found.rows]
+
+
+def layers_of(found: Finding) -> list[dict[str, Any]]:
+    """The rows above the mean."""
+    every = cells(found)
+    return every[: [row["layer"] for row in every].index("mean")]
 
 
 def chosen(traced: RoutingTrace, layer: int) -> list[list[int]]:

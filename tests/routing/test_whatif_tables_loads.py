@@ -7,28 +7,13 @@ from collections.abc import Iterable
 from functools import partial
 from itertools import product
 from math import ceil
-from typing import Any
 
 import pytest
-from ragged import LENGTHS, SHAPES, chosen, experts_of, halved, parts, ragged
+from ragged import ONE_TOKEN, TRACES, cells, chosen, experts_of, halved, layers_of, parts
 
 from moectl.routing.whatif import capacity, dynamic, parallelism, placement, rectify
-from moectl.routing.whatif.finding import Finding
 from moectl.traces.statistics import probabilities
 from moectl.traces.trace import RoutingTrace
-
-TRACES = [ragged(number, *each) for number, each in enumerate(product(SHAPES, LENGTHS))]
-ONE_TOKEN = ragged(0, ((4, 2, 0), (6, 1, 0)), (1,))
-
-
-def cells(found: Finding) -> list[dict[str, Any]]:
-    return [dict(zip(found.columns, row, strict=True)) for row in found.rows]
-
-
-def layers_of(found: Finding) -> list[dict[str, Any]]:
-    """The rows above the mean."""
-    every = cells(found)
-    return every[: [row["layer"] for row in every].index("mean")]
 
 
 def places(convention: str, factor: float, tokens: int, buckets: int, top_k: int) -> int:

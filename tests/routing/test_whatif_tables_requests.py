@@ -5,28 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from itertools import product
 from math import comb
-from typing import Any
 
 import numpy as np
 import pytest
-from ragged import LENGTHS, SHAPES, chosen, experts_of, halved, parts, ragged
+from ragged import ONE_TOKEN, TRACES, cells, chosen, experts_of, halved, layers_of, parts
 
 from moectl.routing.whatif import all_to_all, cache, coalescing, node_limit, offload, prefetch, pruning
-from moectl.routing.whatif.finding import Finding
 from moectl.traces.statistics import probabilities
-
-TRACES = [ragged(number, *each) for number, each in enumerate(product(SHAPES, LENGTHS))]
-ONE_TOKEN = ragged(0, ((4, 2, 0), (6, 1, 0)), (1,))
-
-
-def cells(found: Finding) -> list[dict[str, Any]]:
-    return [dict(zip(found.columns, row, strict=True)) for row in found.rows]
-
-
-def layers_of(found: Finding) -> list[dict[str, Any]]:
-    """The rows above the mean."""
-    every = cells(found)
-    return every[: [row["layer"] for row in every].index("mean")]
 
 
 def held_by(policy: str, steps: list[list[int]], size: int) -> int:
