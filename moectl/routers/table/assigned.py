@@ -1,0 +1,108 @@
+"""Assignments, tables, and experts that choose."""
+
+from __future__ import annotations
+
+from moectl.routers.entry import Entry
+
+ASSIGNED: tuple[Entry, ...] = (
+    Entry(
+        "base",
+        "BASE layers",
+        ("2103.16716",),
+        "base:Base",
+        source="facebookresearch/fairseq fairseq/modules/base_layer.py; arXiv 2103.16716 section 3",
+    ),
+    Entry(
+        "s-base",
+        "Sinkhorn (S-BASE)",
+        ("2202.01169",),
+        "s_base:SBase",
+        source="NVIDIA/Megatron-LM `sinkhorn`, `sinkhorn_load_balancing`",
+    ),
+    Entry("kool", "Unbiased gradients by balanced assignment", ("2109.11817",), "kool:Kool"),
+    Entry(
+        "hash",
+        "Hash layers",
+        ("2106.04426",),
+        "hashing:Hash",
+        needs=("tokens",),
+        trainable=False,
+        source="facebookresearch/ParlAI projects/params_vs_compute/hash_ladder/hash_ladder.py",
+    ),
+    Entry("multihash", "MultiHash layers", ("2106.04426",), "hashing:MultiHash", needs=("tokens",), trainable=False),
+    Entry("mowe", "Mixture of Word Experts", ("2311.10768",), "hashing:Mowe", needs=("tokens",), trainable=False),
+    Entry(
+        "deepseek-v4-hash",
+        "DeepSeek-V4, hashed layers",
+        (),
+        "hashing:DeepSeekV4Hash",
+        needs=("logits", "tokens"),
+        source="transformers DeepseekV4HashRouter",
+        same_as="DeepseekV4HashRouter",
+    ),
+    Entry(
+        "expert-choice",
+        "Expert choice",
+        ("2202.09368",),
+        "expert_choice:ExpertChoice",
+        causal=False,
+        source="google/flaxformer flaxformer/architectures/moe/routing.py `ExpertsChooseMaskedRouter`",
+    ),
+    Entry(
+        "soft-moe",
+        "Soft MoE",
+        ("2308.00951",),
+        "soft_moe:SoftMoe",
+        needs=("hidden",),
+        causal=False,
+        source="google-research/vmoe vmoe/projects/soft_moe/router.py",
+        kind="slots",
+    ),
+    Entry(
+        "mod",
+        "Mixture-of-Depths",
+        ("2404.02258",),
+        "mod:Mod",
+        needs=("hidden",),
+        causal=False,
+        source="astramind-ai/Mixture-of-depths MoD/MoD.py; sramshetty/mixture-of-depths routing_transformer.py",
+    ),
+    Entry(
+        "mone",
+        "Mixture of Nested Experts",
+        ("2407.19985",),
+        "mone:Mone",
+        causal=False,
+        source="arXiv 2407.19985 eq. 1-3 and algorithm 1",
+    ),
+    Entry(
+        "prototyping",
+        "M6-T expert prototyping",
+        ("2105.15082",),
+        "prototyping:Prototyping",
+        source="Hsword/Hetu python/hetu/layers/KTop1Gate.py",
+    ),
+    Entry(
+        "moec",
+        "Mixture of Expert Clusters",
+        ("2207.09094",),
+        "moec:Moec",
+        source="xy980523/MoEc_model `top1gating`, `Top1Gate`, `MOELayer`",
+    ),
+    Entry("rectify", "Rectify-Router", ("2402.12399",), "rectify:Rectify", causal=False),
+    Entry(
+        "e3",
+        "Partitioned ensembles (E3)",
+        ("2110.03360",),
+        "e3:E3",
+        source="google-research/vmoe vmoe/nn/ensemble_routing.py",
+    ),
+    Entry(
+        "sam",
+        "SAM, switch and mixture",
+        ("2110.07431",),
+        "sam:Sam",
+        causal=False,
+        source="Hsword/Hetu python/hetu/layers/SAMGate.py, src/ops/SamGroupSum.cu, src/ops/SamMax.cu",
+    ),
+)

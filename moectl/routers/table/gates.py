@@ -1,0 +1,110 @@
+"""Gates of another form."""
+
+from __future__ import annotations
+
+from moectl.routers.entry import Entry
+
+GATES: tuple[Entry, ...] = (
+    Entry(
+        "adaptive-mixtures",
+        "Adaptive mixtures of local experts",
+        ("Neural Computation 1991",),
+        "adaptive_mixtures:AdaptiveMixtures",
+        source="median-research-group/LibMTL LibMTL/architecture/MMoE.py (one gate of it)",
+    ),
+    Entry(
+        "dselect-k",
+        "DSelect-k",
+        ("2106.03760",),
+        "dselect_k:DSelectK",
+        needs=("hidden",),
+        source="google-research/google-research dselect_k_moe/dselect_k_moe.py",
+    ),
+    Entry(
+        "thor",
+        "THOR, stochastic experts",
+        ("2110.04260",),
+        "thor:Thor",
+        needs=("nothing",),
+        trainable=False,
+        source="microsoft/Stochastic-Mixture-of-Experts thor/transformer_thor_layer.py, thor/translation_thor.py",
+    ),
+    Entry(
+        "stable-moe",
+        "StableMoE",
+        ("2204.08396",),
+        "stable_moe:StableMoe",
+        needs=("hidden", "tokens"),
+        source="Hunter-DDM/stablemoe fairseq/modules/moe_layer.py, fairseq/criterions/xentropy_with_aux_loss.py",
+    ),
+    Entry(
+        "evo-moe",
+        "EvoMoE, dense to sparse",
+        ("2112.14397",),
+        "evo_moe:EvoMoe",
+        source="codecaution/EvoMoE fairseq/modules/moe/topkgate.py",
+    ),
+    Entry(
+        "x-moe",
+        "X-MoE, cosine",
+        ("2204.09179",),
+        "x_moe:XMoe",
+        needs=("hidden",),
+        source="microsoft/torchscale torchscale/component/xmoe/routing.py; xy980523/MoEc_model `Top1Gate`",
+    ),
+    Entry(
+        "tutel-cosine",
+        "Tutel cosine top-k",
+        ("2206.03382",),
+        "x_moe:TutelCosine",
+        needs=("hidden",),
+        source="microsoft/Tutel tutel/gates/cosine_top.py, tutel/impls/fast_dispatch.py",
+    ),
+    Entry(
+        "yuan",
+        "Yuan 2.0-M32 attention router",
+        ("2405.17976",),
+        "yuan:Yuan",
+        needs=("hidden",),
+        source="IEIT-Yuan/Yuan2.0-M32 vllm/vllm/model_executor/models/yuan.py",
+    ),
+    Entry(
+        "peer",
+        "PEER, product keys",
+        ("2407.04153",),
+        "peer:Peer",
+        needs=("hidden",),
+        source="lucidrains/PEER-pytorch PEER_pytorch/PEER.py",
+        same_as="DogeCDMoE, given its own scores",
+    ),
+    Entry(
+        "remoe",
+        "ReMoE",
+        ("2412.14711",),
+        "remoe:ReMoe",
+        source="Fsoft-AIC/LibMoE moe_model/model/moe/remoe.py; l1_reg_load_balancing of Megatron-LM forks",
+    ),
+    Entry(
+        "dynmoe",
+        "DynMoE",
+        ("2405.14297",),
+        "dynmoe:DynMoe",
+        needs=("hidden",),
+        source="LINs-lab/DynMoE DeepSpeed-0.9.5/deepspeed/moe/sharded_moe.py, loss.py",
+    ),
+    Entry(
+        "top-p",
+        "Top-p (harder tasks need more experts)",
+        ("2403.07652",),
+        "top_p:TopP",
+        source="ZhenweiAn/Dynamic_MoE modeling/modeling_moe.py",
+    ),
+    Entry(
+        "sparse-is-enough",
+        "Controller of Scaling Transformers",
+        ("2111.12763",),
+        "sparse_is_enough:SparseIsEnough",
+        needs=("hidden",),
+        source="google/trax trax/layers/research/sparsity.py",
+    ),
+)
